@@ -1,0 +1,234 @@
+"""Every error Infermesh raises on purpose, in one tree.
+
+    MeshError
+    ├── UsageError                  the caller asked for something that cannot be (exit code 2)
+    │   └── ConfigError             a setting is missing or makes no sense
+    ├── TrustError                  a signature, certificate or claim does not hold
+    │   ├── MalformedEnvelope       not an envelope, or beyond its limits
+    │   ├── BadSignature            the bytes were not signed by who they name
+    │   ├── UnknownSigner           nobody the root key vouches for, or not for this purpose
+    │   ├── NotYetValid             its time has not come
+    │   ├── Expired                 its time has passed
+    │   └── WrongMesh               it belongs to another mesh
+    ├── RequestError                a request cannot be served; the client did it
+    │   ├── InvalidRequest          the body or a parameter is wrong
+    │   ├── BodyTooLarge
+    │   ├── InvalidKey              no key, or one that does not hold
+    │   ├── KeyNotAllowed           a good key that may not do this
+    │   ├── ModelNotFound
+    │   ├── RouteNotFound
+    │   └── MethodNotAllowed
+    ├── CapacityError               a request cannot be served right now; trying again may help
+    │   ├── RateLimited             a limit of the key or project is reached
+    │   ├── Overloaded              every queue that could take it is full
+    │   └── NoWorker                nobody ready serves the model
+    ├── WorkerError                 a worker or its engine failed
+    │   ├── WorkerLost              the link to it broke
+    │   ├── EngineUnavailable       its engine does not answer
+    │   ├── UpstreamTimeout         no byte and no sign of progress in time
+    │   └── ProtocolError           it broke the link's rules
+    ├── EngineError                 (inside a worker) the engine cannot be started or kept running
+    │   └── ModelSourceError        the model cannot be had: fetch, checksum or format
+    ├── DirectoryError              the directory cannot do what was asked
+    └── EnrolError                  a bootstrap node would not or could not admit this node
+
+Each class carries a stable ``code``; only ``proxy/respond.py`` knows what they mean in HTTP.
+Messages are for people: they say what was wrong and what to do next, and never hold a key or a prompt.
+"""
+
+from __future__ import annotations
+
+
+class MeshError(Exception):
+    """The root of the tree. ``code`` is stable and machine-readable; the message is for people."""
+
+    code = "internal_error"
+
+    def __init__(self, message: str = "", *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message or (self.__doc__ or self.code).strip().splitlines()[0])
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class UsageError(MeshError):
+    """The command was asked for something that cannot be."""
+
+    code = "usage"
+
+
+class ConfigError(UsageError):
+    """A setting is missing or makes no sense."""
+
+    code = "invalid_config"
+
+
+class TrustError(MeshError):
+    """A signature, certificate or claim does not hold."""
+
+    code = "untrusted"
+
+
+class MalformedEnvelope(TrustError):
+    """Not a signed envelope, or beyond its limits."""
+
+    code = "malformed_envelope"
+
+
+class BadSignature(TrustError):
+    """The signature does not match."""
+
+    code = "bad_signature"
+
+
+class UnknownSigner(TrustError):
+    """The signer is nobody the mesh's root key vouches for, or not for this purpose."""
+
+    code = "unknown_signer"
+
+
+class NotYetValid(TrustError):
+    """It is not valid yet."""
+
+    code = "not_yet_valid"
+
+
+class Expired(TrustError):
+    """It has expired."""
+
+    code = "expired"
+
+
+class WrongMesh(TrustError):
+    """It belongs to another mesh."""
+
+    code = "wrong_mesh"
+
+
+class RequestError(MeshError):
+    """The request cannot be served as it stands."""
+
+    code = "invalid_request_error"
+
+
+class InvalidRequest(RequestError):
+    """The request is malformed."""
+
+    code = "invalid_request"
+
+
+class BodyTooLarge(RequestError):
+    """The request body is too large."""
+
+    code = "body_too_large"
+
+
+class InvalidKey(RequestError):
+    """The API key is missing or does not hold."""
+
+    code = "invalid_api_key"
+
+
+class KeyNotAllowed(RequestError):
+    """The API key is good but may not do this."""
+
+    code = "key_not_allowed"
+
+
+class ModelNotFound(RequestError):
+    """No such model."""
+
+    code = "model_not_found"
+
+
+class RouteNotFound(RequestError):
+    """No such route."""
+
+    code = "unknown_url"
+
+
+class MethodNotAllowed(RequestError):
+    """The route exists, but not for this method."""
+
+    code = "method_not_allowed"
+
+
+class CapacityError(MeshError):
+    """The request cannot be served right now."""
+
+    code = "unavailable"
+
+
+class RateLimited(CapacityError):
+    """A limit of the key or its project is reached."""
+
+    code = "rate_limit_exceeded"
+
+
+class Overloaded(CapacityError):
+    """Every queue that could take the request is full."""
+
+    code = "overloaded"
+
+
+class NoWorker(CapacityError):
+    """No worker is ready to serve this model."""
+
+    code = "no_worker"
+
+
+class WorkerError(MeshError):
+    """The worker or its engine failed."""
+
+    code = "worker_error"
+
+
+class WorkerLost(WorkerError):
+    """The link to the worker broke."""
+
+    code = "worker_lost"
+
+
+class EngineUnavailable(WorkerError):
+    """The worker's engine does not answer."""
+
+    code = "engine_unavailable"
+
+
+class UpstreamTimeout(WorkerError):
+    """The worker sent no byte and no sign of progress in time."""
+
+    code = "upstream_timeout"
+
+
+class ProtocolError(WorkerError):
+    """The peer broke the rules of the link."""
+
+    code = "protocol_error"
+
+
+class EngineError(MeshError):
+    """The engine cannot be started or kept running."""
+
+    code = "engine_error"
+
+
+class ModelSourceError(EngineError):
+    """The model cannot be had from its source."""
+
+    code = "model_source_error"
+
+
+class DirectoryError(MeshError):
+    """The directory cannot do what was asked."""
+
+    code = "directory_error"
+
+
+class EnrolError(MeshError):
+    """No bootstrap node admitted this node."""
+
+    code = "enrol_error"

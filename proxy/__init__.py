@@ -1,0 +1,1 @@
+"""The OpenAI-compatible front door: checks keys, chooses a worker, passes bytes through."""

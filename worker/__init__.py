@@ -1,0 +1,1 @@
+"""The keeper of one engine: supervises it, announces it, serves it over links."""
