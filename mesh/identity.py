@@ -10,7 +10,7 @@ import datetime
 import json
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +78,8 @@ class Identity:
 
     def renew(self, credentials: Credentials, *, now: float) -> None:
         """Take fresh credentials; live TLS contexts pick them up through `on_renewal`. Raises a `TrustError`."""
+        self.trust.update(parse_keyset(credentials.keyset, mesh_id=self.mesh_id))  # first: it may name the new issuer
         membership = self._check(credentials, now)
-        self.trust.update(parse_keyset(credentials.keyset, mesh_id=self.mesh_id))
         self.credentials, self.membership = credentials, membership
         for callback in self._on_renewal:
             callback()
@@ -88,12 +88,14 @@ class Identity:
         self._on_renewal.append(callback)
 
     def _check(self, credentials: Credentials, now: float) -> Membership:
-        root = x509.load_pem_x509_certificate(credentials.root_certificate).public_key()
-        if not isinstance(root, Ed25519PublicKey) or key_id(raw_public_key(root)) != self.trust.mesh_id:
+        if key_id(root_key_of(credentials.root_certificate)) != self.mesh_id:
             raise WrongMesh("the root certificate belongs to another mesh")
         membership = parse_membership(credentials.membership, self.trust, now=now)
         if membership.public_key != self.public_key:
             raise TrustError("the membership is for another key")
+        peer = peer_of(_leaf_of(credentials.certificate_chain), self.mesh_id)
+        if peer != Peer(node_id=self.node_id, role=membership.role):
+            raise TrustError("the certificate and the membership are not for the same node and role")
         return membership
 
 
@@ -141,6 +143,31 @@ def peer_of(certificate: bytes, mesh_id: bytes) -> Peer:
         if node_uri(mesh_id, role, node_id) in names.get_values_for_type(x509.UniformResourceIdentifier):
             return Peer(node_id=node_id, role=role)
     raise WrongMesh("the certificate is not a node of this mesh")
+
+
+def require_role(context: ssl.SSLContext, mesh_id: bytes, roles: Collection[Role]) -> ssl.SSLContext:
+    """Make ``context`` fail the handshake unless the peer's verified certificate is a node of this mesh in one of ``roles``.
+
+    Python's ``ssl`` has no verify callback, but it lets a context name the class of its TLS objects: the check runs as the last
+    step of the handshake, before any of our bytes are sent or any of the peer's are read. A peer that shows no certificate
+    passes only where the context does not require one.
+    """
+
+    class Checked(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            super().do_handshake()
+            certificate = self.getpeercert(binary_form=True)
+            if certificate is None and context.verify_mode == ssl.CERT_OPTIONAL:
+                return
+            try:
+                role = peer_of(certificate or b"", mesh_id).role
+            except (TrustError, ValueError) as error:
+                raise ssl.SSLCertVerificationError(f"not a node of this mesh: {error}") from None
+            if role not in roles:
+                raise ssl.SSLCertVerificationError(f"the peer is a {role}, which may not do this")
+
+    context.sslobject_class = Checked
+    return context
 
 
 def node_uri(mesh_id: bytes, role: Role, node_id: bytes) -> str:
@@ -214,6 +241,14 @@ def root_key_of(certificate: bytes) -> bytes:
     if not isinstance(key, Ed25519PublicKey):
         raise MalformedEnvelope("a mesh's root key is an Ed25519 key")
     return raw_public_key(key)
+
+
+def _leaf_of(chain: bytes) -> bytes:
+    """The first certificate (DER) of a PEM chain. Raises `MalformedEnvelope`."""
+    try:
+        return x509.load_pem_x509_certificate(chain).public_bytes(Encoding.DER)
+    except ValueError:
+        raise MalformedEnvelope("not a certificate chain") from None
 
 
 def private_key_pem(key: Ed25519PrivateKey) -> bytes:

@@ -1,0 +1,356 @@
+"""The newcomer's side of enrolment, and a node's renewal of its certificate.
+
+A node starts with a join token and nothing else. The token names the mesh by the hash of its root key, so:
+
+1. over a connection that is *not* verified, ask a bootstrap node for the mesh's root certificate: public, and checked
+   against the hash in the token;
+2. over a second connection, verified against that root and closed in the handshake unless the peer is a bootstrap node of this
+   mesh, show the token and a signing request. The secret never crosses a connection that was not verified;
+3. keep what comes back; at half its life, with jitter, renew it over mutual TLS at any bootstrap node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import ssl
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import structlog
+import tenacity
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from mesh.address import parse_address
+from mesh.clock import Clock
+from mesh.config import NodeConfig
+from mesh.errors import ConfigError, EnrolError, Expired, MalformedEnvelope, MeshError, TrustError, UsageError, WrongMesh
+from mesh.identity import (
+    Credentials,
+    Identity,
+    IdentityStore,
+    make_request,
+    parse_credentials,
+    private_key_pem,
+    require_role,
+    root_key_of,
+    write_private,
+)
+from mesh.invite import JoinToken, parse_token
+from mesh.trust import Role, key_id
+
+log = structlog.get_logger(__name__)
+
+MESH_PATH = "/v1/mesh"
+ENROL_PATH = "/v1/enrol"
+RENEW_PATH = "/v1/renew"
+MAX_ANSWER_BYTES = 256 * 1024
+CALL_DEADLINE_S = 15.0
+ENROL_FOR_S = 60.0
+"""A newcomer keeps trying this long: its bootstrap node may still be starting."""
+RENEW_AT = 0.5
+RENEW_JITTER = 0.1
+"""Of the certificate's life: renewals of nodes started together drift apart."""
+RENEW_RETRY_S = (5.0, 300.0)
+"""First and longest pause between attempts to renew."""
+_PEERS_FILE = "bootstraps.json"
+
+
+class Refused(EnrolError):
+    """A bootstrap node understood and said no; asking again will not help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """What a bootstrap node answered: credentials, where bootstrap nodes are and, to a bootstrap node, what admits others."""
+
+    credentials: Credentials
+    bootstraps: tuple[str, ...]
+    admission: Mapping[str, Any] | None = None
+
+
+async def open_identity(config: NodeConfig, role: Role, clock: Clock, rng: random.Random | None = None) -> Identity:
+    """This node's identity: the one in its state folder, or a new one for the join token in ``config``.
+
+    Raises `ConfigError` or `EnrolError`, with what to do next.
+    """
+    store = IdentityStore(config.state_dir)
+    token = _token(config, role)
+    if store.enrolled:
+        try:
+            return _resume(store, role, token, clock)
+        except Expired as error:
+            if token is None:
+                raise EnrolError(
+                    f"{error.message}: this {role} was away for longer than its certificate lives. "
+                    f"Make a token with `mesh invite {role}` and start it once with --join TOKEN"
+                ) from None
+    if token is None:
+        raise ConfigError(
+            f"this {role} is not enrolled yet: make a token with `mesh invite {role}` and start it with --join TOKEN"
+        )
+    key = await asyncio.to_thread(store.key)
+    candidates = tuple(dict.fromkeys((*config.bootstrap, *token.bootstraps)))
+    admitted = await enrol(token, key, candidates, clock=clock, rng=rng or random.Random())
+    return await asyncio.to_thread(keep, store, key, token.mesh_id, admitted, role, candidates, clock.wall())
+
+
+def keep(
+    store: IdentityStore,
+    key: Ed25519PrivateKey,
+    mesh_id: bytes,
+    admitted: Admitted,
+    role: Role,
+    asked: tuple[str, ...],
+    now: float,
+) -> Identity:
+    """Check what a bootstrap node answered and write it to the state folder. Raises a `TrustError`."""
+    identity = Identity(key, admitted.credentials, mesh_id=mesh_id, now=now)
+    _check_role(identity, role, store)
+    if admitted.admission is not None:
+        write_private(store.directory / "admission.json", json.dumps(dict(admitted.admission), indent=1).encode())
+    remember_bootstraps(store.directory, admitted.bootstraps or asked)
+    store.save(admitted.credentials, mesh_id)
+    log.info("node.enrolled", role=str(role), id=identity.node_id.hex()[:16], until=int(identity.membership.expires))
+    return identity
+
+
+async def enrol(
+    token: JoinToken, key: Ed25519PrivateKey, bootstraps: tuple[str, ...], *, clock: Clock, rng: random.Random
+) -> Admitted:
+    """Be admitted by any of ``bootstraps``, tried in random order until `ENROL_FOR_S`. Raises `EnrolError`."""
+    request = {"token": token.signed.hex(), "request": make_request(key).decode()}
+
+    async def attempt(address: str) -> Admitted:
+        root = await _fetch_root(address, token.mesh_id)
+        context = client_context(root, token.mesh_id)
+        return _parse_admitted(await _call("POST", address, ENROL_PATH, context, request))
+
+    return await _any_bootstrap(
+        attempt, bootstraps, clock=clock, rng=rng, stop=_stop_after(clock, ENROL_FOR_S), pauses_s=(0.25, 5.0)
+    )
+
+
+async def keep_renewed(
+    identity: Identity, store: IdentityStore, bootstraps: tuple[str, ...], clock: Clock, rng: random.Random
+) -> None:
+    """A task for as long as the node runs: renew at half life, at any bootstrap node, again and again.
+
+    Ends only with an `EnrolError`, when the certificate ran out because no bootstrap node answered all that time.
+    """
+    while True:
+        member = identity.membership
+        life_s = member.expires - member.issued
+        due = member.issued + life_s * (RENEW_AT + rng.uniform(-RENEW_JITTER, RENEW_JITTER))
+        await clock.sleep(max(0.0, due - clock.wall()))
+        admitted = await renew(identity, store.directory, bootstraps, clock=clock, rng=rng)
+        identity.renew(admitted.credentials, now=clock.wall())
+        bootstraps = admitted.bootstraps or bootstraps
+        await asyncio.to_thread(store.save, admitted.credentials, identity.mesh_id)
+        await asyncio.to_thread(remember_bootstraps, store.directory, bootstraps)
+        log.info("node.renewed", until=int(identity.membership.expires))
+
+
+async def renew(
+    identity: Identity, directory: Path, bootstraps: tuple[str, ...], *, clock: Clock, rng: random.Random
+) -> Admitted:
+    """Fresh credentials over mutual TLS. Tries until the present ones end, then raises `EnrolError`."""
+    request = {"request": make_request(identity.key).decode()}
+
+    async def attempt(address: str) -> Admitted:
+        context = client_context(identity.credentials.root_certificate, identity.mesh_id)
+        await asyncio.to_thread(_present, context, identity, directory)
+        return _parse_admitted(await _call("POST", address, RENEW_PATH, context, request))
+
+    expires = identity.membership.expires
+
+    def over(_state: tenacity.RetryCallState) -> bool:
+        return clock.wall() >= expires
+
+    return await _any_bootstrap(attempt, bootstraps, clock=clock, rng=rng, stop=over, pauses_s=RENEW_RETRY_S, refusals=False)
+
+
+def client_context(root_certificate: bytes, mesh_id: bytes) -> ssl.SSLContext:
+    """For HTTPS to a bootstrap node: the handshake fails unless the peer is one, of this mesh."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # a node is its key, not its address: `require_role` checks whose key
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=root_certificate.decode("ascii"))
+    return require_role(context, mesh_id, {Role.BOOTSTRAP})
+
+
+def remember_bootstraps(directory: Path, addresses: Iterable[str]) -> None:
+    write_private(directory / _PEERS_FILE, json.dumps(sorted(set(addresses))).encode())
+
+
+def known_bootstraps(config: NodeConfig) -> tuple[str, ...]:
+    """Bootstrap addresses: what the settings say, else what enrolment answered, else what the join token says."""
+    if config.bootstrap:
+        return config.bootstrap
+    try:
+        stored = json.loads((config.state_dir / _PEERS_FILE).read_bytes())
+        return tuple(str(parse_address(text)) for text in stored)
+    except (OSError, ValueError, TypeError, UsageError):
+        return parse_token(config.join).bootstraps if config.join else ()
+
+
+def _token(config: NodeConfig, role: Role) -> JoinToken | None:
+    if not config.join:
+        return None
+    try:
+        token = parse_token(config.join)
+    except MalformedEnvelope as error:
+        raise ConfigError(f"--join: {error.message}") from None
+    if token.role != role:
+        raise ConfigError(f"--join: this token admits a {token.role}, not a {role}; make one with `mesh invite {role}`")
+    return token
+
+
+def _resume(store: IdentityStore, role: Role, token: JoinToken | None, clock: Clock) -> Identity:
+    identity = store.load(now=clock.wall())
+    _check_role(identity, role, store)
+    if token is not None and token.mesh_id != identity.mesh_id:
+        raise ConfigError(
+            f"{store.directory} belongs to another mesh than the join token; choose another --state-dir, or remove that folder"
+        )
+    return identity
+
+
+def _check_role(identity: Identity, role: Role, store: IdentityStore) -> None:
+    if identity.role != role:
+        raise ConfigError(f"{store.directory} belongs to a {identity.role}, not a {role}; choose another --state-dir")
+
+
+async def _fetch_root(address: str, mesh_id: bytes) -> bytes:
+    """The mesh's root certificate from someone not yet trusted: only its hash makes it good."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    answer = await _call("GET", address, MESH_PATH, context)
+    root = answer.get("root_certificate")
+    if not isinstance(root, str) or not root.isascii():
+        raise MalformedEnvelope("the answer holds no root certificate")
+    if key_id(root_key_of(root.encode())) != mesh_id:
+        raise WrongMesh("it is a node of another mesh than the join token's")
+    # Only the first certificate is kept: what was hashed is what TLS will trust, and nothing smuggled in behind it.
+    return x509.load_pem_x509_certificate(root.encode()).public_bytes(Encoding.PEM)
+
+
+async def _call(
+    method: str, address: str, path: str, context: ssl.SSLContext, body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One HTTPS exchange of JSON, bounded in time and size. Raises `EnrolError`, or `Refused` for a considered no."""
+    where = parse_address(address)
+    timeout = aiohttp.ClientTimeout(total=CALL_DEADLINE_S, sock_connect=5.0)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
+            session.request(method, f"https://{where}{path}", ssl=context, json=body, allow_redirects=False) as response,
+        ):
+            data = await _read_capped(response)
+            status = response.status
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        raise EnrolError(_describe(error)) from None
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        raise EnrolError(f"it answered {status} with something that is not JSON") from None
+    if not isinstance(answer, dict):
+        raise EnrolError(f"it answered {status} with JSON of the wrong shape")
+    if status == 200:
+        return answer
+    error_body = answer.get("error")
+    reason = error_body.get("message") if isinstance(error_body, dict) else None
+    kind = Refused if 400 <= status < 500 and status not in (408, 429) else EnrolError
+    raise kind(str(reason)[:300] if reason else f"it answered {status}")
+
+
+async def _read_capped(response: aiohttp.ClientResponse) -> bytes:
+    data = bytearray()
+    async for chunk in response.content.iter_any():
+        data += chunk
+        if len(data) > MAX_ANSWER_BYTES:
+            raise ValueError("its answer is too large")
+    return bytes(data)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {CALL_DEADLINE_S:g} s"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"cannot connect ({error.os_error.strerror or error.os_error})"
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
+        return "it closed the connection (is this node's certificate still good?)"
+    return str(error) or type(error).__name__
+
+
+def _parse_admitted(answer: Mapping[str, Any]) -> Admitted:
+    bootstraps = answer.get("bootstraps", [])
+    admission = answer.get("admission")
+    if not isinstance(bootstraps, list) or len(bootstraps) > 64 or not isinstance(admission, dict | None):
+        raise MalformedEnvelope("the answer of the bootstrap node has the wrong shape")
+    try:
+        known = tuple(str(parse_address(text)) for text in bootstraps if isinstance(text, str))
+    except UsageError as error:
+        raise MalformedEnvelope(f"the bootstrap node named a bad address: {error.message}") from None
+    return Admitted(credentials=parse_credentials(answer.get("credentials")), bootstraps=known, admission=admission)
+
+
+def _present(context: ssl.SSLContext, identity: Identity, directory: Path) -> None:
+    """Load the node's certificate into ``context``; Python's ``ssl`` reads key and chain from a file only."""
+    path = directory / "renew.pem"
+    write_private(path, private_key_pem(identity.key) + identity.credentials.certificate_chain)
+    context.load_cert_chain(path)
+
+
+async def _any_bootstrap(
+    attempt: Any,
+    bootstraps: tuple[str, ...],
+    *,
+    clock: Clock,
+    rng: random.Random,
+    stop: Any,
+    pauses_s: tuple[float, float],
+    refusals: bool = True,
+) -> Admitted:
+    """Rounds over all bootstrap nodes with growing pauses, until one admits, all refuse (where that is final) or ``stop``."""
+    if not bootstraps:
+        raise ConfigError("no bootstrap node is known: give --bootstrap HOST:PORT")
+    problems: dict[str, MeshError] = {}
+
+    async def one_round() -> Admitted:
+        problems.clear()
+        for address in rng.sample(bootstraps, len(bootstraps)):
+            try:
+                answer: Admitted = await attempt(address)
+            except (EnrolError, TrustError) as error:
+                problems[address] = error
+                log.warning("enrol.attempt_failed", bootstrap=address, reason=error.message)
+            else:
+                return answer
+        summary = "; ".join(f"{address}: {error.message}" for address, error in sorted(problems.items()))
+        final = refusals and all(isinstance(error, Refused | TrustError) for error in problems.values())
+        raise (Refused if final else EnrolError)(f"no bootstrap node admitted this node ({summary})")
+
+    first_s, longest_s = pauses_s
+    retrying = tenacity.AsyncRetrying(
+        sleep=clock.sleep,
+        stop=stop,
+        wait=lambda state: min(longest_s, first_s * 2 ** min(state.attempt_number - 1, 16)) * rng.uniform(0.5, 1.0),
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, EnrolError) and not isinstance(error, Refused)),
+        reraise=True,
+    )
+    result: Admitted = await retrying(one_round)
+    return result
+
+
+def _stop_after(clock: Clock, within_s: float) -> Any:
+    end = clock.monotonic() + within_s
+    return lambda _state: clock.monotonic() >= end

@@ -1,0 +1,5 @@
+"""`python -m proxy` is `mesh-proxy`."""
+
+from proxy.cli import main
+
+main(prog_name="mesh-proxy")

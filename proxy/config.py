@@ -1,0 +1,41 @@
+"""The proxy's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mesh.config import NodeConfig
+from mesh.settings import setting
+from mesh.trust import Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig(NodeConfig):
+    """One proxy process. Sizes in bytes, durations in seconds."""
+
+    role: ClassVar[Role] = Role.PROXY
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"wan": {"first_byte_timeout_s": 60.0}}
+
+    port: int = setting(8080, metavar="PORT", help="Port of the OpenAI API; 0 takes any free one.")
+    link_port: int = setting(0, metavar="PORT", help="Port where workers that only dial out reach this proxy; 0 takes any.")
+    tls_cert: Path | None = setting(None, metavar="FILE", help="Certificate chain (PEM) of the API; reloaded when it changes.")
+    tls_key: Path | None = setting(None, metavar="FILE", help="Private key (PEM) of that certificate.")
+    processes: int = setting(1, metavar="N", help="Processes that share the port; each is a node of its own.")
+    max_body_bytes: int = setting(64 << 20, metavar="SIZE", help="Largest request body taken.")
+    first_byte_timeout_s: float = setting(
+        30.0, metavar="TIME", help="How long a worker may be silent before its first byte, unless it reports progress."
+    )
+    retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 <= self.link_port <= 65535, "link_port", "must be a port from 0 to 65535")
+        self.require(self.tls_cert is None or self.tls_key is not None, "tls_cert", "needs --tls-key beside it")
+        self.require(self.tls_key is None or self.tls_cert is not None, "tls_key", "needs --tls-cert beside it")
+        self.require(1 <= self.processes <= 256, "processes", "must be from 1 to 256")
+        self.require(1024 <= self.max_body_bytes <= 4 << 30, "max_body_bytes", "must be from 1KiB to 4GiB")
+        self.require(self.first_byte_timeout_s > 0, "first_byte_timeout_s", "must be more than zero")
+        self.require(0 <= self.retry_limit <= 10, "retry_limit", "must be from 0 to 10")
