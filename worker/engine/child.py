@@ -8,13 +8,14 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from signal import SIGKILL, Signals
 
 from mesh.errors import EngineError
 from worker.engine.base import Command
 from worker.engine.logfile import EngineLog, LineSplitter, telling
-from worker.models import LAUNCHER
 
+LAUNCHER = Path(__file__).with_name("launch.py")
 READ_BYTES = 64 << 10
 LAUNCHER_SLACK_S = 3.0
 """What the launcher may need beyond the grace before the whole group is killed over its head."""

@@ -98,7 +98,7 @@ class VllmEngine:
         )
         if model.kind is ModelKind.GGUF:
             raise ModelSourceError(
-                f"{self.spec.source} is a GGUF file; vLLM wants a Hugging Face id or folder. Use --engine llamacpp for it"
+                f"{self.spec.source} is a GGUF file; vLLM wants a Hugging Face id or folder, so use --engine llamacpp"
             )
         return model
 
