@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from mesh.apikey import ApiKey, mint
-from mesh.errors import ConfigError, UsageError
+from mesh.errors import ConfigError, MalformedEnvelope, UsageError
 from mesh.identity import (
     CERTIFICATE_LIFETIME_S,
     Credentials,
@@ -83,38 +83,50 @@ class Admission:
 
     def save(self, directory: Path) -> None:
         """Keep it in a bootstrap node's state folder (0600)."""
-        data = {
-            "kid": self.kid,
-            "key": private_key_pem(self.key).decode(),
-            "certificate": self.certificate.decode(),
-            "root_certificate": self.root_certificate.decode(),
-            "keyset": self.keyset.signed.hex(),
-            "mesh_id": self.keyset.mesh_id.hex(),
-            "secret": self.secret.hex(),
-        }
-        write_private(directory / "admission.json", json.dumps(data, indent=1).encode())
+        write_private(directory / "admission.json", json.dumps(encode_admission(self), indent=1).encode())
+
+
+def encode_admission(admission: Admission) -> dict[str, str]:
+    """As JSON-ready values. Secret: whoever holds them can admit nodes."""
+    return {
+        "kid": admission.kid,
+        "key": private_key_pem(admission.key).decode(),
+        "certificate": admission.certificate.decode(),
+        "root_certificate": admission.root_certificate.decode(),
+        "keyset": admission.keyset.signed.hex(),
+        "mesh_id": admission.keyset.mesh_id.hex(),
+        "secret": admission.secret.hex(),
+    }
+
+
+def parse_admission(data: object) -> Admission:
+    """From JSON values. Raises a `TrustError`: `MalformedEnvelope`, or whatever is wrong with the keyset."""
+    try:
+        if not isinstance(data, dict):
+            raise TypeError
+        key = load_pem_private_key(data["key"].encode(), password=None)
+        secret = bytes.fromhex(data["secret"])
+        if not isinstance(key, Ed25519PrivateKey) or len(secret) != 32:
+            raise ValueError
+        return Admission(
+            kid=str(data["kid"]),
+            key=key,
+            certificate=data["certificate"].encode(),
+            root_certificate=data["root_certificate"].encode(),
+            keyset=parse_keyset(bytes.fromhex(data["keyset"]), mesh_id=bytes.fromhex(data["mesh_id"])),
+            secret=secret,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MalformedEnvelope("not what a bootstrap node needs to admit others") from None
 
 
 def load_admission(directory: Path) -> Admission:
-    """Read what `Admission.save` wrote. Raises `ConfigError`."""
+    """Read what `Admission.save` wrote. Raises `ConfigError`, or a `TrustError` if its keyset does not hold."""
     path = directory / "admission.json"
     try:
-        data = json.loads(path.read_bytes())
-        key = load_pem_private_key(data["key"].encode(), password=None)
-        keyset = parse_keyset(bytes.fromhex(data["keyset"]), mesh_id=bytes.fromhex(data["mesh_id"]))
-        secret = bytes.fromhex(data["secret"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return parse_admission(json.loads(path.read_bytes()))
+    except (OSError, ValueError, MalformedEnvelope) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{path} does not hold an Ed25519 key")
-    return Admission(
-        kid=data["kid"],
-        key=key,
-        certificate=data["certificate"].encode(),
-        root_certificate=data["root_certificate"].encode(),
-        keyset=keyset,
-        secret=secret,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,9 +202,7 @@ def create_mesh(directory: Path, *, name: str, now: float, bootstraps: tuple[str
             )
         )
         if Purpose.NODE in purposes:
-            certificate = make_issuer_certificate(
-                root, root_certificate, key.public_key(), kid=kid, now=now, lifetime_s=ISSUER_LIFETIME_S
-            )
+            certificate = make_issuer_certificate(root, root_certificate, key.public_key(), kid=kid, now=now, lifetime_s=ISSUER_LIFETIME_S)
             write_private(directory / "issuers" / f"{kid}.crt", certificate)
     write_private(directory / "keyset", seal_keyset(root, name=name, seq=1, issued=now, issuers=issuers))
     write_private(directory / "network.secret", os.urandom(32))

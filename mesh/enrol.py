@@ -28,9 +28,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from mesh.address import parse_address
+from mesh.authority import Admission, parse_admission
 from mesh.clock import Clock
 from mesh.config import NodeConfig
-from mesh.errors import ConfigError, EnrolError, Expired, MalformedEnvelope, MeshError, TrustError, UsageError, WrongMesh
+from mesh.errors import ConfigError, EnrolError, EnrolRefused, Expired, MalformedEnvelope, MeshError, TrustError, UsageError, WrongMesh
 from mesh.identity import (
     Credentials,
     Identity,
@@ -62,17 +63,13 @@ RENEW_RETRY_S = (5.0, 300.0)
 _PEERS_FILE = "bootstraps.json"
 
 
-class Refused(EnrolError):
-    """A bootstrap node understood and said no; asking again will not help."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted:
     """What a bootstrap node answered: credentials, where bootstrap nodes are and, to a bootstrap node, what admits others."""
 
     credentials: Credentials
     bootstraps: tuple[str, ...]
-    admission: Mapping[str, Any] | None = None
+    admission: Admission | None = None
 
 
 async def open_identity(config: NodeConfig, role: Role, clock: Clock, rng: random.Random | None = None) -> Identity:
@@ -92,9 +89,7 @@ async def open_identity(config: NodeConfig, role: Role, clock: Clock, rng: rando
                     f"Make a token with `mesh invite {role}` and start it once with --join TOKEN"
                 ) from None
     if token is None:
-        raise ConfigError(
-            f"this {role} is not enrolled yet: make a token with `mesh invite {role}` and start it with --join TOKEN"
-        )
+        raise ConfigError(f"this {role} is not enrolled yet: make a token with `mesh invite {role}` and start it with --join TOKEN")
     key = await asyncio.to_thread(store.key)
     candidates = tuple(dict.fromkeys((*config.bootstrap, *token.bootstraps)))
     admitted = await enrol(token, key, candidates, clock=clock, rng=rng or random.Random())
@@ -110,36 +105,32 @@ def keep(
     asked: tuple[str, ...],
     now: float,
 ) -> Identity:
-    """Check what a bootstrap node answered and write it to the state folder. Raises a `TrustError`."""
+    """Write what a bootstrap node answered to the state folder. Raises a `TrustError` where it does not hold."""
     identity = Identity(key, admitted.credentials, mesh_id=mesh_id, now=now)
     _check_role(identity, role, store)
     if admitted.admission is not None:
-        write_private(store.directory / "admission.json", json.dumps(dict(admitted.admission), indent=1).encode())
+        admitted.admission.save(store.directory)
     remember_bootstraps(store.directory, admitted.bootstraps or asked)
     store.save(admitted.credentials, mesh_id)
     log.info("node.enrolled", role=str(role), id=identity.node_id.hex()[:16], until=int(identity.membership.expires))
     return identity
 
 
-async def enrol(
-    token: JoinToken, key: Ed25519PrivateKey, bootstraps: tuple[str, ...], *, clock: Clock, rng: random.Random
-) -> Admitted:
+async def enrol(token: JoinToken, key: Ed25519PrivateKey, bootstraps: tuple[str, ...], *, clock: Clock, rng: random.Random) -> Admitted:
     """Be admitted by any of ``bootstraps``, tried in random order until `ENROL_FOR_S`. Raises `EnrolError`."""
-    request = {"token": token.signed.hex(), "request": make_request(key).decode()}
+    request = {"token": token.signed.hex(), "role": str(token.role), "request": make_request(key).decode()}
 
     async def attempt(address: str) -> Admitted:
         root = await _fetch_root(address, token.mesh_id)
         context = client_context(root, token.mesh_id)
-        return _parse_admitted(await _call("POST", address, ENROL_PATH, context, request))
+        admitted = _parse_admitted(await _call("POST", address, ENROL_PATH, context, request))
+        Identity(key, admitted.credentials, mesh_id=token.mesh_id, now=clock.wall())  # raises where it does not hold
+        return admitted
 
-    return await _any_bootstrap(
-        attempt, bootstraps, clock=clock, rng=rng, stop=_stop_after(clock, ENROL_FOR_S), pauses_s=(0.25, 5.0)
-    )
+    return await _any_bootstrap(attempt, bootstraps, clock=clock, rng=rng, stop=_stop_after(clock, ENROL_FOR_S), pauses_s=(0.25, 5.0))
 
 
-async def keep_renewed(
-    identity: Identity, store: IdentityStore, bootstraps: tuple[str, ...], clock: Clock, rng: random.Random
-) -> None:
+async def keep_renewed(identity: Identity, store: IdentityStore, bootstraps: tuple[str, ...], clock: Clock, rng: random.Random) -> None:
     """A task for as long as the node runs: renew at half life, at any bootstrap node, again and again.
 
     Ends only with an `EnrolError`, when the certificate ran out because no bootstrap node answered all that time.
@@ -150,23 +141,22 @@ async def keep_renewed(
         due = member.issued + life_s * (RENEW_AT + rng.uniform(-RENEW_JITTER, RENEW_JITTER))
         await clock.sleep(max(0.0, due - clock.wall()))
         admitted = await renew(identity, store.directory, bootstraps, clock=clock, rng=rng)
-        identity.renew(admitted.credentials, now=clock.wall())
         bootstraps = admitted.bootstraps or bootstraps
         await asyncio.to_thread(store.save, admitted.credentials, identity.mesh_id)
         await asyncio.to_thread(remember_bootstraps, store.directory, bootstraps)
         log.info("node.renewed", until=int(identity.membership.expires))
 
 
-async def renew(
-    identity: Identity, directory: Path, bootstraps: tuple[str, ...], *, clock: Clock, rng: random.Random
-) -> Admitted:
-    """Fresh credentials over mutual TLS. Tries until the present ones end, then raises `EnrolError`."""
+async def renew(identity: Identity, directory: Path, bootstraps: tuple[str, ...], *, clock: Clock, rng: random.Random) -> Admitted:
+    """Give ``identity`` fresh credentials over mutual TLS. Tries until the present ones end, then raises `EnrolError`."""
     request = {"request": make_request(identity.key).decode()}
 
     async def attempt(address: str) -> Admitted:
         context = client_context(identity.credentials.root_certificate, identity.mesh_id)
         await asyncio.to_thread(_present, context, identity, directory)
-        return _parse_admitted(await _call("POST", address, RENEW_PATH, context, request))
+        admitted = _parse_admitted(await _call("POST", address, RENEW_PATH, context, request))
+        identity.renew(admitted.credentials, now=clock.wall())
+        return admitted
 
     expires = identity.membership.expires
 
@@ -243,10 +233,8 @@ async def _fetch_root(address: str, mesh_id: bytes) -> bytes:
     return x509.load_pem_x509_certificate(root.encode()).public_bytes(Encoding.PEM)
 
 
-async def _call(
-    method: str, address: str, path: str, context: ssl.SSLContext, body: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """One HTTPS exchange of JSON, bounded in time and size. Raises `EnrolError`, or `Refused` for a considered no."""
+async def _call(method: str, address: str, path: str, context: ssl.SSLContext, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One HTTPS exchange of JSON, bounded in time and size. Raises `EnrolError`, or `EnrolRefused` for a considered no."""
     where = parse_address(address)
     timeout = aiohttp.ClientTimeout(total=CALL_DEADLINE_S, sock_connect=5.0)
     try:
@@ -268,7 +256,7 @@ async def _call(
         return answer
     error_body = answer.get("error")
     reason = error_body.get("message") if isinstance(error_body, dict) else None
-    kind = Refused if 400 <= status < 500 and status not in (408, 429) else EnrolError
+    kind = EnrolRefused if 400 <= status < 500 and status not in (408, 429) else EnrolError
     raise kind(str(reason)[:300] if reason else f"it answered {status}")
 
 
@@ -294,13 +282,17 @@ def _describe(error: Exception) -> str:
 def _parse_admitted(answer: Mapping[str, Any]) -> Admitted:
     bootstraps = answer.get("bootstraps", [])
     admission = answer.get("admission")
-    if not isinstance(bootstraps, list) or len(bootstraps) > 64 or not isinstance(admission, dict | None):
+    if not isinstance(bootstraps, list) or len(bootstraps) > 64:
         raise MalformedEnvelope("the answer of the bootstrap node has the wrong shape")
     try:
         known = tuple(str(parse_address(text)) for text in bootstraps if isinstance(text, str))
     except UsageError as error:
         raise MalformedEnvelope(f"the bootstrap node named a bad address: {error.message}") from None
-    return Admitted(credentials=parse_credentials(answer.get("credentials")), bootstraps=known, admission=admission)
+    return Admitted(
+        credentials=parse_credentials(answer.get("credentials")),
+        bootstraps=known,
+        admission=None if admission is None else parse_admission(admission),
+    )
 
 
 def _present(context: ssl.SSLContext, identity: Identity, directory: Path) -> None:
@@ -336,15 +328,15 @@ async def _any_bootstrap(
             else:
                 return answer
         summary = "; ".join(f"{address}: {error.message}" for address, error in sorted(problems.items()))
-        final = refusals and all(isinstance(error, Refused | TrustError) for error in problems.values())
-        raise (Refused if final else EnrolError)(f"no bootstrap node admitted this node ({summary})")
+        final = refusals and all(isinstance(error, EnrolRefused | TrustError) for error in problems.values())
+        raise (EnrolRefused if final else EnrolError)(f"no bootstrap node admitted this node ({summary})")
 
     first_s, longest_s = pauses_s
     retrying = tenacity.AsyncRetrying(
         sleep=clock.sleep,
         stop=stop,
         wait=lambda state: min(longest_s, first_s * 2 ** min(state.attempt_number - 1, 16)) * rng.uniform(0.5, 1.0),
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, EnrolError) and not isinstance(error, Refused)),
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, EnrolError) and not isinstance(error, EnrolRefused)),
         reraise=True,
     )
     result: Admitted = await retrying(one_round)

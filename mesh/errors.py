@@ -31,6 +31,8 @@
     │   └── ModelSourceError        the model cannot be had: fetch, checksum or format
     ├── DirectoryError              the directory cannot do what was asked
     └── EnrolError                  a bootstrap node would not or could not admit this node
+        ├── EnrolRefused            it understood and said no; asking again will not help
+        └── TokenSpent              the join token has admitted as many nodes as it may
 
 Each class carries a stable ``code``; only ``proxy/respond.py`` knows what they mean in HTTP.
 Messages are for people: they say what was wrong and what to do next, and never hold a key or a prompt.
@@ -232,3 +234,15 @@ class EnrolError(MeshError):
     """No bootstrap node admitted this node."""
 
     code = "enrol_error"
+
+
+class EnrolRefused(EnrolError):
+    """The bootstrap nodes refused this node."""
+
+    code = "enrol_refused"
+
+
+class TokenSpent(EnrolError):
+    """The join token is used up."""
+
+    code = "token_spent"

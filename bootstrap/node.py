@@ -1,0 +1,105 @@
+"""A bootstrap node from start to stop: its own admission, enrolment for others, a seat in the directory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import structlog
+
+from bootstrap.config import BootstrapConfig
+from bootstrap.enrol import Desk
+from bootstrap.ledger import Ledger
+from bootstrap.server import EnrolServer
+from mesh import __version__, runtime
+from mesh.authority import Admission, load_admission, open_mesh
+from mesh.clock import Clock, SystemClock
+from mesh.enrol import RENEW_AT, RENEW_JITTER, known_bootstraps, open_identity
+from mesh.errors import ConfigError
+from mesh.identity import Identity, IdentityStore
+from mesh.trust import Role
+
+log = structlog.get_logger(__name__)
+
+PORT_ATTEMPTS = 20
+"""With port 0: how often to look for a number that is free for both TCP and UDP."""
+
+
+async def run(config: BootstrapConfig, stop: asyncio.Event) -> int:
+    """Run until ``stop``. Raises `ConfigError`, `EnrolError` or a `TrustError` where it cannot start."""
+    clock, rng = SystemClock(), random.Random()
+    admission = await open_admission(config, clock, rng)
+    identity = await admit_itself(admission, IdentityStore(config.state_dir), clock)
+    ledger = Ledger(config.state_dir / "tokens.db")
+    addresses: list[str] = []
+    desk = Desk(
+        admission=admission,
+        trust=identity.trust,
+        ledger=ledger,
+        clock=clock,
+        known_bootstraps=lambda: tuple(dict.fromkeys((*addresses, *known_bootstraps(config)))),
+    )
+    server = EnrolServer(desk, identity, config.state_dir, clock)
+    try:
+        port = await listen(config, server)
+        addresses.extend(config.addresses(port))
+        async with asyncio.TaskGroup() as tasks:
+            renewal = tasks.create_task(keep_admitted(identity, admission, IdentityStore(config.state_dir), clock, rng))
+            runtime.announce(config, node_id=identity.node_id, addresses=tuple(addresses))
+            log.info("bootstrap.ready", addresses=addresses, id=identity.node_id.hex()[:16], version=__version__)
+            await stop.wait()
+            renewal.cancel()
+    finally:
+        await server.stop()
+        ledger.close()
+    return 0
+
+
+async def open_admission(config: BootstrapConfig, clock: Clock, rng: random.Random) -> Admission:
+    """What lets this node admit others: from the operator's mesh in HOME, from an earlier start, or from another bootstrap node.
+
+    The first bootstrap node of a mesh runs where `mesh create` ran; every other is handed the same by the one it joins.
+    """
+    operator = config.home / "mesh"
+    if not config.join and (operator / "mesh.json").exists():
+        return await asyncio.to_thread(lambda: open_mesh(operator).admission())
+    stored = config.state_dir / "admission.json"
+    if config.join and not stored.exists():
+        await open_identity(config, Role.BOOTSTRAP, clock, rng)
+    if not stored.exists():
+        raise ConfigError(
+            f"this bootstrap node has no mesh: run it with --home where `mesh create` was run (looked in {operator}), "
+            "or with --join TOKEN from `mesh invite bootstrap`"
+        )
+    return await asyncio.to_thread(load_admission, config.state_dir)
+
+
+async def admit_itself(admission: Admission, store: IdentityStore, clock: Clock) -> Identity:
+    """A bootstrap node needs nobody's leave: it holds an issuer's key."""
+    key = await asyncio.to_thread(store.key)
+    credentials = admission.admit(key.public_key(), Role.BOOTSTRAP, now=clock.wall())
+    identity = Identity(key, credentials, mesh_id=admission.keyset.mesh_id, now=clock.wall())
+    await asyncio.to_thread(store.save, credentials, identity.mesh_id)
+    return identity
+
+
+async def keep_admitted(identity: Identity, admission: Admission, store: IdentityStore, clock: Clock, rng: random.Random) -> None:
+    """Renew its own certificate at half life, for as long as it runs."""
+    while True:
+        member = identity.membership
+        life_s = member.expires - member.issued
+        due = member.issued + life_s * (RENEW_AT + rng.uniform(-RENEW_JITTER, RENEW_JITTER))
+        await clock.sleep(max(0.0, due - clock.wall()))
+        now = clock.wall()
+        credentials = admission.admit(identity.key.public_key(), Role.BOOTSTRAP, now=now)
+        identity.renew(credentials, now=now)
+        await asyncio.to_thread(store.save, credentials, identity.mesh_id)
+        log.info("node.renewed", until=int(identity.membership.expires))
+
+
+async def listen(config: BootstrapConfig, server: EnrolServer) -> int:
+    """Open the port. Raises `ConfigError` if it is taken."""
+    try:
+        return await server.start(config.host, config.port)
+    except OSError as error:
+        raise ConfigError(f"--port: cannot listen on {config.host}:{config.port} ({error.strerror or error})") from None
