@@ -341,9 +341,7 @@ def is_model_name(name: object) -> bool:
     return isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()
 
 
-def own_model(
-    spec: EngineSpec, name: str, listed: tuple[ListedModel, ...], digest: str | None
-) -> tuple[ModelSpec, ...]:
+def own_model(spec: EngineSpec, name: str, listed: tuple[ListedModel, ...], digest: str | None) -> tuple[ModelSpec, ...]:
     """What an engine that we started serves: the one model we named, and its adapters.
 
     Raises EngineError when the engine does not list it: then somebody else answers on that port.

@@ -64,9 +64,7 @@ class LlamaCppEngine:
         return needs_fetch(self.spec.source or "")
 
     async def prepare(self, on_progress: ProgressCallback) -> ResolvedModel | None:
-        model = await resolve(
-            self.spec.source or "", self.spec.cache_dir, on_progress, with_digest=self.spec.with_digest
-        )
+        model = await resolve(self.spec.source or "", self.spec.cache_dir, on_progress, with_digest=self.spec.with_digest)
         if model.kind is not ModelKind.GGUF:
             what = "a Hugging Face id" if model.kind is ModelKind.HUB else "a Hugging Face folder"
             raise ModelSourceError(

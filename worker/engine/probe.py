@@ -88,9 +88,7 @@ class Probe:
     async def _ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
-            async with self._session.request(
-                method, self._base_url + path, data=body, headers=headers, allow_redirects=False
-            ) as response:
+            async with self._session.request(method, self._base_url + path, data=body, headers=headers, allow_redirects=False) as response:
                 raw = bytearray()
                 async for chunk in response.content.iter_chunked(64 << 10):
                     raw += chunk

@@ -245,9 +245,7 @@ class Supervisor:
 
     # --------------------------------------------------------------------------------------------- from loading to down
 
-    async def _serve(
-        self, probe: Probe, base_url: str, model: ResolvedModel | None, *, load_deadline_s: float | None
-    ) -> None:
+    async def _serve(self, probe: Probe, base_url: str, model: ResolvedModel | None, *, load_deadline_s: float | None) -> None:
         """See a started engine through its stages. Never returns; raises EngineError when it is down."""
         await self._until_loaded(probe, load_deadline_s)
         models = self.engine.models(model, await probe.listing())
@@ -288,9 +286,7 @@ class Supervisor:
         failures = 0
         while True:
             await self._clock.sleep(self._timing.suspicion_s)
-            await first_of(
-                self._clock.sleep(self._timing.health_every_s - self._timing.suspicion_s), self._suspected.wait()
-            )
+            await first_of(self._clock.sleep(self._timing.health_every_s - self._timing.suspicion_s), self._suspected.wait())
             self._suspected.clear()
             try:
                 await probe.health()

@@ -93,13 +93,9 @@ class VllmEngine:
         return needs_fetch(self.spec.source or "")
 
     async def prepare(self, on_progress: ProgressCallback) -> ResolvedModel | None:
-        model = await resolve(
-            self.spec.source or "", self.spec.cache_dir, on_progress, with_digest=self.spec.with_digest
-        )
+        model = await resolve(self.spec.source or "", self.spec.cache_dir, on_progress, with_digest=self.spec.with_digest)
         if model.kind is ModelKind.GGUF:
-            raise ModelSourceError(
-                f"{self.spec.source} is a GGUF file; vLLM wants a Hugging Face id or folder, so use --engine llamacpp"
-            )
+            raise ModelSourceError(f"{self.spec.source} is a GGUF file; vLLM wants a Hugging Face id or folder, so use --engine llamacpp")
         return model
 
     def command(self, model: ResolvedModel | None, port: int) -> Command | None:

@@ -51,9 +51,7 @@ async def resolve(
         raise ModelSourceError(f"there is no model at {path}")
     if is_hub_id(source):
         return ResolvedModel(path=source, name=source, kind=ModelKind.HUB)
-    raise ModelSourceError(
-        f"{source!r} is neither a file, a folder, a Hugging Face id (ORG/NAME) nor pypi:NAME==VERSION"
-    )
+    raise ModelSourceError(f"{source!r} is neither a file, a folder, a Hugging Face id (ORG/NAME) nor pypi:NAME==VERSION")
 
 
 def _absolute(path: Path) -> Path:

