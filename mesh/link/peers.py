@@ -1,0 +1,316 @@
+"""Who is linked: listening, dialling, one link per pair, heartbeat.
+
+Either side dials. Two nodes that dial each other at once agree, without a word, to keep the link that the lower node id dialled; a
+node that restarted replaces its old link. A link that is silent for `LinkConfig.silent_s` is dead, whatever TCP thinks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from mesh.claims import read_bytes, read_int
+from mesh.clock import Clock
+from mesh.errors import ProtocolError, TrustError
+from mesh.identity import ALPN, Identity, Peer, TlsContexts, peer_of
+from mesh.link.frames import Frame
+from mesh.link.link import IncomingStream, Link
+from mesh.membership import MembershipCache
+from mesh.records import MAX_RECORD_BYTES, Record, parse_record
+from mesh.trust import Role
+
+log = structlog.get_logger(__name__)
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkConfig:
+    """Timing of links, in seconds. ``silent_s`` is three missed heartbeats less a little."""
+
+    heartbeat_s: float = 1.0
+    silent_s: float = 2.8
+    handshake_s: float = 5.0
+    backoff_first_s: float = 0.1
+    backoff_most_s: float = 5.0
+
+
+class PeersOwner(Protocol):
+    """What a room does with its links. Called from the read loop: must neither block nor raise."""
+
+    def on_up(self, link: Link, record: Record) -> None: ...
+
+    def on_down(self, link: Link, reason: str) -> None: ...
+
+    def on_record(self, link: Link, record: Record) -> None: ...
+
+    def on_load(self, link: Link, fields: dict[str, Any]) -> None: ...
+
+    def on_drain(self, link: Link) -> None: ...
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None: ...
+
+
+class Peers:
+    """The links of one node. ``accept`` says which roles it links with; ``record`` gives its own newest record."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        tls: TlsContexts,
+        owner: PeersOwner,
+        *,
+        accept: frozenset[Role],
+        record: Callable[[], Record],
+        members: MembershipCache,
+        clock: Clock,
+        rng: random.Random,
+        config: LinkConfig | None = None,
+    ) -> None:
+        self.links: dict[bytes, Link] = {}
+        self._identity = identity
+        self._tls = tls
+        self._owner = owner
+        self._accept = accept
+        self._record = record
+        self._members = members
+        self._clock = clock
+        self._rng = rng
+        self._config = config or LinkConfig()
+        self._boots: dict[bytes, int] = {}
+        self._open: set[Link] = set()
+        self._wanted: dict[bytes, Record] = {}
+        self._dials: dict[bytes, asyncio.Task[None]] = {}
+        self._server: asyncio.Server | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    # -- lifetime
+
+    async def listen(self, host: str, port: int) -> tuple[str, int]:
+        """Take links on ``host:port`` (port 0: any). Returns the bound address."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Link(self, clock=self._clock, dialled=False),
+            host,
+            port,
+            ssl=self._tls.server,
+            ssl_handshake_timeout=self._config.handshake_s,
+            ssl_shutdown_timeout=1.0,
+        )
+        bound: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
+        return bound
+
+    def start(self) -> None:
+        """Start the heartbeat."""
+        self._ticker = asyncio.create_task(self._tick())
+
+    async def stop(self) -> None:
+        """Close every link and stop dialling."""
+        self._stopping = True
+        tasks = [task for task in (self._ticker, *self._dials.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._server is not None:
+            self._server.close()
+        for link in list(self._open):
+            link.close("this node is stopping")
+
+    # -- dialling
+
+    def want(self, record: Record) -> None:
+        """Keep a link to this node for as long as its record lives; a newer record renews the wish."""
+        if self._stopping or record.node_id == self._identity.node_id or record.role not in self._accept or not record.addresses:
+            return
+        known = self._wanted.get(record.node_id)
+        if known is None or record.order >= known.order:
+            self._wanted[record.node_id] = record
+        if record.node_id not in self._dials:
+            task = asyncio.create_task(self._keep_dialled(record.node_id))
+            self._dials[record.node_id] = task
+            task.add_done_callback(lambda _: self._dials.pop(record.node_id, None))
+
+    async def _keep_dialled(self, node_id: bytes) -> None:
+        """Dial while the node's record lives and it is not linked. Ends, and is begun again by the next `want`, once it is."""
+        backoff_s = self._config.backoff_first_s
+        while True:
+            record = self._wanted.get(node_id)
+            if record is None or not record.alive(self._clock.wall()):
+                self._wanted.pop(node_id, None)
+                return
+            if node_id in self.links:
+                return
+            for address in record.addresses:
+                if node_id in self.links or await self._dial(address, node_id):
+                    return
+            await self._clock.sleep(backoff_s * self._rng.uniform(0.5, 1.0))
+            backoff_s = min(backoff_s * 2, self._config.backoff_most_s)
+
+    async def _dial(self, address: str, node_id: bytes) -> bool:
+        """One attempt; True once the link is up."""
+        loop = asyncio.get_running_loop()
+        host, _, port = address.rpartition(":")
+        up: asyncio.Future[bool] = loop.create_future()
+        try:
+            async with asyncio.timeout(self._config.handshake_s):
+                await loop.create_connection(
+                    lambda: Link(_Dialler(self, node_id, up), clock=self._clock, dialled=True),
+                    host.strip("[]"),
+                    int(port),
+                    ssl=self._tls.client,
+                    server_hostname="",
+                    ssl_shutdown_timeout=1.0,
+                )
+                return await up
+        except (OSError, ValueError, TimeoutError) as error:
+            log.debug("link.dial_failed", peer=node_id.hex()[:12], address=address, error=type(error).__name__)
+            return False
+
+    # -- LinkOwner
+
+    def admit(self, link: Link, transport: asyncio.Transport, *, expect: bytes | None = None) -> Peer:
+        ssl_object: ssl.SSLObject = transport.get_extra_info("ssl_object")
+        certificate = ssl_object.getpeercert(binary_form=True)
+        if certificate is None or ssl_object.selected_alpn_protocol() != ALPN:
+            raise ProtocolError("the peer does not speak this protocol")
+        peer = peer_of(certificate, self._identity.mesh_id)
+        if peer.role not in self._accept:
+            raise TrustError(f"a {self._identity.role} does not link with a {peer.role}")
+        if expect is not None and peer.node_id != expect:
+            raise TrustError("another node answers at this address")
+        if peer.node_id == self._identity.node_id:
+            raise TrustError("this is the node itself")
+        link.transport = transport
+        self._open.add(link)
+        link.send_control(Frame.HELLO, {"v": PROTOCOL_VERSION, "rec": self._record().signed})
+        return peer
+
+    def on_hello(self, link: Link, fields: dict[str, Any]) -> None:
+        try:
+            read_int(fields, "v", low=1)
+            record = self._parse_record(link, fields)
+        except TrustError as error:
+            raise ProtocolError(f"bad HELLO: {error.message}") from None
+        old = self.links.get(link.node_id)
+        if old is not None and not self._replaces(link, record, old):
+            link.close("another link to this node is kept")
+            return
+        self.links[link.node_id] = link
+        self._boots[link.node_id] = record.boot
+        if old is not None:
+            self._owner.on_down(old, "replaced")
+            old.close("replaced by a newer link")
+        log.info("link.up", peer=link.node_id.hex()[:12], role=str(record.role), dialled=link.dialled)
+        self._owner.on_up(link, record)
+
+    def on_control(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        if self.links.get(link.node_id) is not link:
+            return
+        if kind == Frame.RECORD:
+            try:
+                self._owner.on_record(link, self._parse_record(link, fields))
+            except TrustError as error:
+                raise ProtocolError(f"bad RECORD: {error.message}") from None
+        elif kind == Frame.LOAD:
+            self._owner.on_load(link, fields)
+        elif kind == Frame.DRAIN:
+            link.draining = True
+            self._owner.on_drain(link)
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        self._owner.on_open(stream, head)
+
+    def on_lost(self, link: Link, reason: str) -> None:
+        self._open.discard(link)
+        if link.peer is None or self.links.get(link.node_id) is not link:
+            return
+        del self.links[link.node_id]
+        log.info("link.down", peer=link.node_id.hex()[:12], reason=reason)
+        self._owner.on_down(link, reason)
+        wanted = self._wanted.get(link.node_id)
+        if wanted is not None and not link.draining:
+            self.want(wanted)
+
+    # -- to all
+
+    def broadcast(self, kind: Frame, fields: dict[str, Any]) -> None:
+        """Send one control frame over every link."""
+        for link in list(self.links.values()):
+            link.send_control(kind, fields)
+
+    # -- inside
+
+    def _parse_record(self, link: Link, fields: dict[str, Any]) -> Record:
+        signed = read_bytes(fields, "rec", max_len=MAX_RECORD_BYTES)
+        record = parse_record(signed, self._members, now=self._clock.wall())
+        if link.peer is None or record.node_id != link.peer.node_id or record.role != link.peer.role:
+            raise TrustError("the record is another node's")
+        return record
+
+    def _replaces(self, link: Link, record: Record, old: Link) -> bool:
+        """Whether a second link to a node takes the place of the first; both ends come to the same answer."""
+        boot = self._boots.get(link.node_id, 0)
+        if record.boot != boot:
+            return record.boot > boot
+        if link.dialled == old.dialled:
+            return True  # the dialler knows that its old link is dead
+        lower_dialled = link.dialled == (self._identity.node_id < link.node_id)
+        return lower_dialled
+
+    async def _tick(self) -> None:
+        """Ping every link once a heartbeat and end those that have gone silent.
+
+        A tick that comes late means that this process stood still, not its peers: then everyone gets another heartbeat.
+        """
+        period_s, last = self._config.heartbeat_s, self._clock.monotonic()
+        while True:
+            await self._clock.sleep(period_s)
+            now = self._clock.monotonic()
+            stood_still = now - last > 2 * period_s
+            last = now
+            for link in list(self._open):
+                limit_s = self._config.silent_s if link.hello is not None else self._config.handshake_s
+                if now - link.last_heard <= limit_s:
+                    link.ping()
+                elif stood_still:
+                    link.last_heard = now - limit_s + period_s
+                    link.ping()
+                else:
+                    link.abort(f"silent for {now - link.last_heard:.1f} s")
+
+
+class _Dialler:
+    """Between a dialled link and `Peers`: expects one node, and tells the dialling task how it ended."""
+
+    def __init__(self, peers: Peers, node_id: bytes, up: asyncio.Future[bool]) -> None:
+        self._peers = peers
+        self._node_id = node_id
+        self._up = up
+
+    def admit(self, link: Link, transport: asyncio.Transport) -> Peer:
+        return self._peers.admit(link, transport, expect=self._node_id)
+
+    def on_hello(self, link: Link, fields: dict[str, Any]) -> None:
+        self._peers.on_hello(link, fields)
+        self._settle(self._node_id in self._peers.links)
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        self._peers.on_open(stream, head)
+
+    def on_control(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        self._peers.on_control(link, kind, fields)
+
+    def on_lost(self, link: Link, reason: str) -> None:
+        self._settle(False)
+        self._peers.on_lost(link, reason)
+
+    def _settle(self, up: bool) -> None:
+        if not self._up.done():
+            self._up.set_result(up)

@@ -1,0 +1,309 @@
+"""The HTTP application: routes, and the way of a request through the proxy.
+
+    key → body → scope → choose → attempt → (retry elsewhere) → bytes to the client
+
+Built on aiohttp's low-level server: its C parser in front, one dictionary of routes, and no layers in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from mesh.apikey import ApiKey, KeyRole
+from mesh.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MeshError,
+    MethodNotAllowed,
+    ModelNotFound,
+    NoWorker,
+    RouteNotFound,
+)
+from proxy.choose import Wish, choose
+from proxy.config import ProxyConfig
+from proxy.downstream import Downstream
+from proxy.fleet import Fleet, Worker
+from proxy.forward import Attempt, usage_of
+from proxy.gate import Gate
+from proxy.metrics import Metrics
+from proxy.openai import TASKS, Call, model_list, model_object, parse_call
+from proxy.respond import error_response
+from proxy.retry import RetryPolicy, counts_against_worker
+from proxy.views import Views
+
+log = structlog.get_logger(__name__)
+
+Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
+SWEEP_S = 0.5
+
+
+class App:
+    """Answers HTTP requests. Made once per process by `proxy.node`."""
+
+    def __init__(
+        self,
+        config: ProxyConfig,
+        *,
+        gate: Gate,
+        fleet: Fleet,
+        views: Views,
+        metrics: Metrics,
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._gate = gate
+        self._fleet = fleet
+        self._views = views
+        self._metrics = metrics
+        self._rng = rng
+        self._retry = RetryPolicy(failures=config.retry_limit + 1)
+        self._attempts: set[Attempt] = set()
+        self._created = int(time.time())
+        self.draining = False
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/health": {"GET": self._health},
+            "/readyz": {"GET": self._ready},
+            "/metrics": {"GET": self._render_metrics},
+            "/v1/models": {"GET": self._models},
+            "/mesh/v1/status": {"GET": self._status},
+            "/mesh/v1/workers": {"GET": self._workers},
+            **{path: {"POST": self._infer} for path in TASKS},
+        }
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The one entry: find the route, run it, turn what went wrong into an answer."""
+        request_id = f"req_{self._rng.getrandbits(96):024x}"
+        try:
+            response = await self._route(request)(request, request_id)
+        except MeshError as error:
+            response = error_response(error, request_id=request_id)
+        except ConnectionError:
+            raise
+        except Exception:
+            log.exception("request.crashed", request_id=request_id, path=request.path[:128])
+            response = error_response(MeshError("The proxy failed to handle this request"), request_id=request_id)
+        if self.draining:
+            response.force_close()
+        return response
+
+    async def drained(self) -> None:
+        """Return once no inference request is in flight."""
+        await self._idle.wait()
+
+    def _enter(self) -> None:
+        self.in_flight += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
+
+    def _route(self, request: web.BaseRequest) -> Handler:
+        path = request.path
+        methods = self._routes.get(path)
+        if methods is None and path.startswith("/v1/models/"):
+            methods = {"GET": self._model}
+        if methods is None:
+            raise RouteNotFound(f"There is no {request.method} {path[:128]} here")
+        handler = methods.get(request.method)
+        if handler is None:
+            raise MethodNotAllowed(f"{path[:128]} takes {' or '.join(methods)}, not {request.method[:16]}")
+        return handler
+
+    # -- looking
+
+    async def _health(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        return web.json_response({"status": "ok"}, headers={"x-request-id": request_id})
+
+    async def _ready(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        models = sorted(self._fleet.models())
+        ready = bool(models) and not self.draining
+        status = "draining" if self.draining else "ready" if ready else "no worker is ready"
+        return web.json_response(
+            {"status": status, "models": len(models)}, status=200 if ready else 503, headers={"x-request-id": request_id}
+        )
+
+    async def _render_metrics(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        if not _from_this_machine(request):
+            self._gate.require(self._authenticate(request), KeyRole.VIEWER)
+        body = self._metrics.render()
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "x-request-id": request_id})
+
+    async def _models(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        names = self._visible_models(self._authenticate(request))
+        return web.json_response(model_list(names, created=self._created), headers={"x-request-id": request_id})
+
+    async def _model(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        name = request.path.removeprefix("/v1/models/")
+        if name not in self._visible_models(self._authenticate(request)):
+            raise ModelNotFound(f"The model '{name[:128]}' does not exist or this key may not use it", param="model")
+        return web.json_response(model_object(name, created=self._created), headers={"x-request-id": request_id})
+
+    def _visible_models(self, key: ApiKey) -> set[str]:
+        return {name for name in self._views.ready_models() if key.may_use(name)}
+
+    async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
+        return web.json_response(self._views.status(in_flight=self.in_flight, draining=self.draining), headers={"x-request-id": request_id})
+
+    async def _workers(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
+        return web.json_response({"workers": self._views.workers()}, headers={"x-request-id": request_id})
+
+    # -- inference
+
+    async def _infer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
+        key = self._authenticate(request)
+        started = time.monotonic()
+        task, model = TASKS[request.path], ""
+        code = "cancelled"
+        self._enter()
+        try:
+            call = parse_call(request.path, await self._read_body(request))
+            self._gate.authorize(key, call.model)
+            self._check_known(call)
+            model = call.model
+            response = await self._serve(request, request_id, key, call)
+            code = "ok"
+            return response
+        except _BrokenOff as broken:
+            code = broken.error.code
+            return broken.response
+        except MeshError as error:
+            code = error.code
+            raise
+        finally:
+            self._leave()
+            self._metrics.requests.labels(model, task, code).inc()
+            if model:
+                self._metrics.duration.labels(model).observe(time.monotonic() - started)
+
+    async def _serve(self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call) -> web.StreamResponse:
+        """Attempt after attempt until one succeeds, none is left, or the client has been given a byte."""
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError
+        downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
+        tried: set[bytes] = set()
+        failed, last = 0, None
+        while True:
+            wish = Wish(model=call.model, avoid=frozenset(tried))
+            worker = choose(self._fleet.candidates(call.model, call.task), wish, self._rng)
+            if worker is None:
+                raise last or self._no_worker(call)
+            try:
+                await self._attempt(worker, downstream, request_id, key, call)
+            except MeshError as error:
+                tried.add(worker.node_id)
+                if counts_against_worker(error):
+                    failed += 1
+                    worker.failed += 1
+                if downstream.started:
+                    log.warning("request.broken_off", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code)
+                    downstream.break_off(error)
+                    raise _BrokenOff(error, downstream.response()) from error
+                if not self._retry.again(error, failed=failed, started=False):
+                    raise
+                log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)
+                self._metrics.retries.labels(error.code).inc()
+                downstream.forget_head()
+                last = error
+            else:
+                return downstream.response()
+
+    async def _attempt(self, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, call: Call) -> None:
+        now = asyncio.get_running_loop().time()
+        headers = {"x-request-id": request_id}
+        if key.has_role(KeyRole.VIEWER) or key.has_role(KeyRole.ADMIN):
+            headers["x-mesh-worker"] = worker.node_id.hex()[:12]
+        attempt = Attempt(worker, downstream, headers, now=now)
+        head: dict[str, Any] = {
+            "id": request_id,
+            "task": call.task,
+            "model": call.model,
+            "stream": call.stream,
+            "size": len(call.body),
+            "project": key.project,
+            "key": key.id,
+        }
+        worker.in_flight += 1
+        self._attempts.add(attempt)
+        try:
+            trailer = await attempt.run(head, call.body)
+        finally:
+            worker.in_flight -= 1
+            self._attempts.discard(attempt)
+        worker.served += 1
+        prompt, completion = usage_of(trailer)
+        self._metrics.tokens.labels(call.model, "prompt").inc(prompt)
+        self._metrics.tokens.labels(call.model, "completion").inc(completion)
+        if attempt.first_byte_at is not None:
+            self._metrics.first_byte.labels(call.model).observe(attempt.first_byte_at - now)
+
+    async def sweep(self) -> None:
+        """A task for the life of the process: end attempts whose worker gives no sign."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = asyncio.get_running_loop().time()
+            for attempt in list(self._attempts):
+                attempt.check_time(now, patience_s=self._config.first_byte_timeout_s)
+
+    # -- steps of a request
+
+    def _authenticate(self, request: web.BaseRequest) -> ApiKey:
+        return self._gate.authenticate(request.headers.get("Authorization"))
+
+    async def _read_body(self, request: web.BaseRequest) -> bytes:
+        limit = self._config.max_body_bytes
+        too_large = BodyTooLarge(f"The request body is larger than the {limit} bytes allowed here")
+        if (request.content_length or 0) > limit:
+            raise too_large
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise InvalidRequest("Send the body without Content-Encoding")
+        if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                return await request.read()
+        except TimeoutError:
+            raise InvalidRequest("The request body did not arrive in time") from None
+        except web.HTTPRequestEntityTooLarge:
+            raise too_large from None
+
+    def _check_known(self, call: Call) -> None:
+        """404 for a model nobody serves or has lately served; 400 for one that cannot do what is asked."""
+        tasks = self._fleet.tasks(call.model)
+        if tasks and call.task not in tasks:
+            raise InvalidRequest(
+                f"The model '{call.model}' does not serve {call.path}; it serves {', '.join(sorted(tasks))}", param="model"
+            )
+        if not tasks and not self._views.knows(call.model):
+            raise ModelNotFound(f"The model '{call.model[:128]}' does not exist; GET /v1/models lists those that do", param="model")
+
+    def _no_worker(self, call: Call) -> MeshError:
+        return NoWorker(f"No worker is ready to serve '{call.model}' right now; try again shortly", retry_after_s=2.0)
+
+
+class _BrokenOff(Exception):
+    """An answer that ended in the middle; the client has been told in-band and ``response`` closes the connection."""
+
+    def __init__(self, error: MeshError, response: web.StreamResponse) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.response = response
+
+
+def _from_this_machine(request: web.BaseRequest) -> bool:
+    """Whether the request came straight from this machine, not through a reverse proxy on it."""
+    return request.remote in ("127.0.0.1", "::1") and not any(name in request.headers for name in ("X-Forwarded-For", "Forwarded", "Via"))

@@ -1,0 +1,155 @@
+"""The client's side of an answer: bytes from the link straight to the client's transport.
+
+The proxy frames the chunks itself and counts the bytes of sized answers, so a worker can never put a second response, or half a one, into
+a client's connection. A broken answer is never ended cleanly: a stream gets an error event and no last chunk, a sized answer a
+closed connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from mesh.errors import MeshError, ProtocolError
+from proxy.respond import error_event
+
+_CONTENT_TYPE = re.compile(r"[a-z]+/[a-z0-9.+-]+(; ?charset=[A-Za-z0-9-]+)?")
+_EVENT_STREAM = "text/event-stream"
+
+
+class Downstream:
+    """One client waiting for one answer. Nothing is written until `start`; after that only this object writes."""
+
+    __slots__ = (
+        "_chunked",
+        "_head",
+        "_keep_alive",
+        "_length",
+        "_sent",
+        "_stream",
+        "_wants_keep_alive",
+        "request",
+        "started",
+        "status",
+        "transport",
+    )
+
+    def __init__(self, request: web.BaseRequest, transport: asyncio.Transport, *, keep_alive: bool) -> None:
+        self.request = request
+        self.transport = transport
+        self.started = False
+        self.status = 0
+        self._wants_keep_alive = self._keep_alive = keep_alive
+        self._chunked = False
+        self._stream = False
+        self._length: int | None = None
+        self._sent = 0
+        self._head = b""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Body bytes handed to the client so far."""
+        return self._sent
+
+    def prepare(self, head: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """Take the worker's HEAD: ``status``, ``type`` and, for a sized answer, ``length``. Raises `ProtocolError`.
+
+        Nothing is written yet; the head leaves with the first byte of the body.
+        """
+        status, content_type, length = head.get("status"), head.get("type"), head.get("length")
+        if self._head or self.started:
+            raise ProtocolError("a second HEAD")
+        if type(status) is not int or not 200 <= status <= 299:
+            raise ProtocolError("HEAD with a status that is not a success")
+        if not isinstance(content_type, str) or _CONTENT_TYPE.fullmatch(content_type) is None:
+            raise ProtocolError("HEAD with a bad content type")
+        if length is not None and (type(length) is not int or length < 0):
+            raise ProtocolError("HEAD with a bad length")
+        self.status = status
+        self._stream = content_type.startswith(_EVENT_STREAM)
+        self._length = length
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {content_type}"]
+        if length is not None:
+            lines.append(f"Content-Length: {length}")
+        elif self.request.version >= (1, 1):
+            self._chunked = True
+            lines.append("Transfer-Encoding: chunked")
+        else:
+            self._keep_alive = False
+        if self._stream:
+            lines.append("Cache-Control: no-cache")
+        if not self._keep_alive:
+            lines.append("Connection: close")
+        elif self.request.version < (1, 1):
+            lines.append("Connection: keep-alive")
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self._head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+
+    def write(self, data: bytes) -> None:
+        """Pass on body bytes. Raises `ProtocolError` beyond the announced length."""
+        self._sent += len(data)
+        if self._length is not None and self._sent > self._length:
+            raise ProtocolError("more bytes than HEAD announced")
+        if self._chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if not self.started:
+            data = self._start() + data
+        self.transport.write(data)
+
+    def finish(self) -> None:
+        """The answer is complete. Raises `ProtocolError` if it is not."""
+        if not self._head:
+            raise ProtocolError("END before HEAD")
+        if self._length is not None and self._sent != self._length:
+            raise ProtocolError("fewer bytes than HEAD announced")
+        tail = b"0\r\n\r\n" if self._chunked else b""
+        if not self.started:
+            tail = self._start() + tail
+        if tail:
+            self.transport.write(tail)
+
+    def break_off(self, error: MeshError) -> None:
+        """The answer will not be completed and its beginning is gone already: say so, and end the connection uncleanly."""
+        self._keep_alive = False
+        if self._stream and not self.transport.is_closing():
+            event = error_event(error)
+            self.transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event)
+        self.transport.close()
+
+    def forget_head(self) -> None:
+        """A failed attempt's HEAD is dropped; the next attempt brings its own."""
+        self._head, self._chunked, self._stream, self._length = b"", False, False, None
+        self._keep_alive = self._wants_keep_alive
+
+    def response(self) -> web.StreamResponse:
+        """What the HTTP server is given once everything has been written."""
+        return _Written(self.status, keep_alive=self._keep_alive)
+
+    def _start(self) -> bytes:
+        if not self._head:
+            raise ProtocolError("DATA before HEAD")
+        self.started = True
+        return self._head
+
+
+class _Written(web.StreamResponse):
+    """An answer whose bytes have left already: the server only asks it whether to keep the connection."""
+
+    def __init__(self, status: int, *, keep_alive: bool) -> None:
+        super().__init__(status=status)
+        self._keep = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._keep
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None

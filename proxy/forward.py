@@ -1,0 +1,154 @@
+"""One attempt of one request on one worker: the link's stream in, the client's bytes out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from mesh.claims import read_int
+from mesh.errors import MalformedEnvelope, MeshError, ProtocolError, UpstreamTimeout, WorkerLost
+from mesh.link.link import OutgoingStream
+from proxy.downstream import Downstream
+from proxy.fleet import Worker
+
+SLOW_CLIENT_BYTES = 64 * 1024
+"""With more than this unsent to the client, the worker gets no more credit until it has drained."""
+
+
+class Attempt:
+    """Implements `mesh.link.link.StreamSink`. ``await run()`` returns the worker's trailer or raises what went wrong."""
+
+    __slots__ = (
+        "_done",
+        "_downstream",
+        "_draining",
+        "_headers",
+        "_held",
+        "_started_at",
+        "_stream",
+        "_transport",
+        "accepted",
+        "first_byte_at",
+        "last_sign_at",
+        "seen_bytes",
+        "worker",
+    )
+
+    def __init__(self, worker: Worker, downstream: Downstream, headers: Mapping[str, str], *, now: float) -> None:
+        self.worker = worker
+        self.accepted = False
+        self.first_byte_at: float | None = None
+        self.last_sign_at = now
+        self.seen_bytes = 0
+        self._downstream = downstream
+        self._transport = downstream.transport
+        self._headers = headers
+        self._started_at = now
+        self._held = 0
+        self._draining: asyncio.Task[None] | None = None
+        self._stream: OutgoingStream | None = None
+        self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    async def run(self, head: Mapping[str, Any], body: bytes) -> dict[str, Any]:
+        """Send the request, pass the answer on, return the trailer. Raises a `MeshError`; cancelling it cancels the worker's work."""
+        stream = self._stream = self.worker.link.open(head, self)
+        try:
+            if not stream.send_now(body):
+                try:
+                    await stream.send(body)
+                except WorkerLost:
+                    return await self._done  # the answer came early, or the link broke: either way it is said there
+            stream.end()
+            return await self._done
+        finally:
+            stream.cancel()
+            if self._draining is not None:
+                self._draining.cancel()
+
+    def fail(self, error: MeshError) -> None:
+        """Give up on this attempt."""
+        if not self._done.done():
+            self._done.set_exception(error)
+            if self._stream is not None:
+                self._stream.cancel()
+
+    def check_time(self, now: float, *, patience_s: float) -> None:
+        """Fail if there was neither a byte nor a sign of progress for ``patience_s``. Called about once a second."""
+        sent = self._downstream.bytes_sent
+        if sent != self.seen_bytes or self._held:
+            self.seen_bytes, self.last_sign_at = sent, now
+        elif now - self.last_sign_at > patience_s:
+            self.fail(UpstreamTimeout(f"the worker gave no sign for {patience_s:.0f} s"))
+
+    # -- StreamSink
+
+    def on_accepted(self) -> None:
+        self.accepted = True
+
+    def on_progress(self, info: dict[str, Any]) -> None:
+        self.last_sign_at = asyncio.get_running_loop().time()
+
+    def on_head(self, head: dict[str, Any]) -> None:
+        try:
+            took_s = asyncio.get_running_loop().time() - self._started_at
+            self._downstream.prepare(head, {**self._headers, "openai-processing-ms": str(round(took_s * 1000))})
+        except ProtocolError as error:
+            self.fail(error)
+
+    def on_data(self, data: bytes) -> None:
+        if self._transport.is_closing() or self._done.done():
+            return
+        if self.first_byte_at is None:
+            self.first_byte_at = asyncio.get_running_loop().time()
+        try:
+            self._downstream.write(data)
+        except ProtocolError as error:
+            self.fail(error)
+            return
+        if self._transport.get_write_buffer_size() > SLOW_CLIENT_BYTES:
+            self._hold(len(data))
+        elif self._stream is not None:
+            self._stream.consumed(len(data))
+
+    def on_end(self, trailer: dict[str, Any]) -> None:
+        if self._done.done():
+            return
+        try:
+            self._downstream.finish()
+        except ProtocolError as error:
+            self._done.set_exception(error)
+        else:
+            self._done.set_result(trailer)
+
+    def on_error(self, error: MeshError) -> None:
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    # -- slow clients
+
+    def _hold(self, count: int) -> None:
+        self._held += count
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Give the held credit back once the client has read what it was sent."""
+        writer = self._downstream.request.writer
+        while self._held and not self._transport.is_closing():
+            await writer.drain()
+            if self._transport.get_write_buffer_size() > SLOW_CLIENT_BYTES // 2:
+                await asyncio.sleep(0.02)
+                continue
+            held, self._held = self._held, 0
+            if self._stream is not None:
+                self._stream.consumed(held)
+        self._draining = None
+
+
+def usage_of(trailer: Mapping[str, Any]) -> tuple[int, int]:
+    """Prompt and completion tokens from a trailer; zeros where a worker sent nonsense."""
+    try:
+        return read_int(trailer, "in", default=0, high=10**9), read_int(trailer, "out", default=0, high=10**9)
+    except MalformedEnvelope:
+        return 0, 0

@@ -1,0 +1,106 @@
+"""One proxy process: identity, directory, links, HTTP. What is started here is stopped here, in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import structlog
+
+from mesh import __version__
+from mesh.address import Address, parse_address
+from mesh.clock import SystemClock
+from mesh.directory import Directory
+from mesh.enrol import keep_renewed, known_bootstraps, open_identity
+from mesh.identity import IdentityStore
+from mesh.node import About, MeshNode
+from mesh.records import Capability, Record, State
+from mesh.runtime import announce
+from mesh.trust import Role
+from proxy.app import App
+from proxy.config import ProxyConfig
+from proxy.fleet import Fleet
+from proxy.gate import Gate
+from proxy.metrics import Metrics
+from proxy.server import HttpServer
+from proxy.views import Views
+
+log = structlog.get_logger(__name__)
+
+WATCH_S = 5.0
+RECORD_TTL_S = 20.0
+LEAVE_S = 0.3
+"""Between failing /readyz and closing the listener: for what was already on its way."""
+
+
+async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
+    """Run a proxy until ``stop``; drain, then return 0."""
+    clock, rng = SystemClock(), random.Random()
+    identity = await open_identity(config, Role.PROXY, clock)
+    bootstraps = known_bootstraps(config)
+    directory = Directory(identity, bootstraps=bootstraps, state_dir=config.state_dir, clock=clock, rng=rng)
+    fleet = Fleet(on_record=directory.observe)
+    state = State.JOINING
+    api = ""
+
+    def about() -> About:
+        return About(state=state, api=api, capability=Capability(region=config.region))
+
+    node = MeshNode(
+        identity,
+        directory,
+        fleet,
+        counterpart=Role.WORKER,
+        about=about,
+        state_dir=config.state_dir,
+        record_ttl_s=RECORD_TTL_S,
+        version=__version__,
+        clock=clock,
+        rng=rng,
+    )
+    views = Views(fleet, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
+    metrics = Metrics(fleet, directory=directory.stats)
+    gate = Gate(identity.trust, clock=clock, region=config.region)
+    app = App(config, gate=gate, fleet=fleet, views=views, metrics=metrics, rng=rng)
+    server = HttpServer(app, config)
+    await directory.start(config.host, config.dht_port)
+    try:
+        _, link_port = await node.listen(config.host, config.link_port)
+        node.addresses = config.addresses(link_port)
+        port = await server.start()
+        api = _base_url(config, port)
+        state = State.READY
+        node.start()
+        directory.watch(Role.PROXY, _nothing, interval_s=WATCH_S)
+        directory.watch(Role.BOOTSTRAP, _nothing, interval_s=WATCH_S)
+        announce(config, node_id=identity.node_id, addresses=node.addresses, api=api)
+        log.info("proxy.listening", api=api, links=node.addresses[0], id=identity.node_id.hex()[:12])
+        async with asyncio.TaskGroup() as tasks:
+            background = (
+                tasks.create_task(keep_renewed(identity, IdentityStore(config.state_dir), bootstraps, clock, rng)),
+                tasks.create_task(app.sweep()),
+            )
+            await stop.wait()
+            state = State.DRAINING
+            app.draining = True
+            node.changed()
+            await asyncio.sleep(LEAVE_S)
+            await server.close_listener()
+            await app.drained()  # `mesh.runtime` bounds it with the drain deadline
+            for task in background:
+                task.cancel()
+    finally:
+        await server.stop()
+        await node.stop()
+        await directory.stop()
+    return 0
+
+
+def _base_url(config: ProxyConfig, port: int) -> str:
+    scheme = "https" if config.tls_cert else "http"
+    host = parse_address(config.addresses(port)[0]).host
+    return f"{scheme}://{Address(host, port)}/v1"
+
+
+def _nothing(record: Record) -> None:
+    """Watched for the view alone."""

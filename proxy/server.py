@@ -1,0 +1,163 @@
+"""The listening side: aiohttp's low-level HTTP server, OpenAI-shaped answers to what is not even HTTP, TLS that reloads.
+
+`App` never sees a request that the parser refused; this is where such a one gets its 400.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.web_protocol import RequestHandler
+
+from mesh.errors import ConfigError, InvalidRequest, MeshError
+from proxy.app import App
+from proxy.config import ProxyConfig
+from proxy.respond import error_response
+
+log = structlog.get_logger(__name__)
+
+BACKLOG = 4096
+KEEPALIVE_S = 75.0
+TLS_RELOAD_S = 2.0
+MAX_LINE_BYTES = 8190
+MAX_HEADER_BYTES = 32768
+
+
+class _Connection(RequestHandler):
+    """aiohttp's protocol for one client connection, answering in OpenAI's shape."""
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        error: MeshError
+        if status < 500:
+            error = InvalidRequest("This is not a valid HTTP request")
+        else:
+            log.error("http.failed", error=type(exc).__name__ if exc else None)
+            error = MeshError("The proxy failed to handle this request")
+        response = error_response(error, request_id="req_unparsed")
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class HttpServer:
+    """The OpenAI API on a socket. ``await start()``, later ``await stop(deadline_s)``."""
+
+    def __init__(self, app: App, config: ProxyConfig) -> None:
+        self._app = app
+        self._config = config
+        self._runner: web.ServerRunner | None = None
+        self._reloading: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listen; returns the port. Raises `ConfigError` if the address or the certificate cannot be used."""
+        config = self._config
+        server = _Server(
+            self._app.handle,
+            request_factory=self._make_request,
+            handler_cancellation=True,
+            access_log=None,
+            logger=logging.getLogger("aiohttp.server"),
+            keepalive_timeout=KEEPALIVE_S,
+            lingering_time=2.0,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+        )
+        self._runner = web.ServerRunner(server)
+        await self._runner.setup()
+        context = self._tls_context()
+        site = web.TCPSite(
+            self._runner,
+            config.host,
+            config.port,
+            backlog=BACKLOG,
+            ssl_context=context,
+            reuse_port=True if config.processes > 1 else None,
+        )
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}", param="port") from None
+        if context is not None:
+            self._reloading = asyncio.create_task(self._reload(context))
+        port: int = self._runner.addresses[0][1]
+        return port
+
+    async def close_listener(self) -> None:
+        """Take no new connections; those that are open go on."""
+        if self._runner is not None:
+            for site in list(self._runner.sites):
+                await site.stop()
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        if self._reloading is not None:
+            self._reloading.cancel()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def _make_request(
+        self,
+        message: Any,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        loop = asyncio.get_running_loop()
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=self._config.max_body_bytes)
+
+    # -- TLS
+
+    def _tls_context(self) -> ssl.SSLContext | None:
+        cert, key = self._config.tls_cert, self._config.tls_key
+        if cert is None or key is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            context.load_cert_chain(cert, key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"{cert} and {key} cannot be used for TLS: {error}", param="tls_cert") from None
+        return context
+
+    async def _reload(self, context: ssl.SSLContext) -> None:
+        """Load the certificate again when its files change; a bad pair is reported and the old one kept."""
+        cert, key = self._config.tls_cert, self._config.tls_key
+        assert cert is not None
+        assert key is not None
+        seen = _stamp(cert, key)
+        while True:
+            await asyncio.sleep(TLS_RELOAD_S)
+            stamp = _stamp(cert, key)
+            if stamp == seen or stamp is None:
+                continue
+            try:
+                # Tried on a context of its own first: a half-written pair must not touch the live one.
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+                context.load_cert_chain(cert, key)
+            except (OSError, ssl.SSLError) as error:
+                log.warning("tls.reload_failed", error=str(error))
+                continue
+            seen = stamp
+            log.info("tls.reloaded", certificate=str(cert))
+
+
+def _stamp(*paths: Path) -> tuple[tuple[int, int], ...] | None:
+    try:
+        return tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+    except OSError:
+        return None

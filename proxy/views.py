@@ -1,0 +1,97 @@
+"""What the proxy can tell about the mesh: its links and the directory's view, merged. For people and for GET /v1/models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mesh.clock import Clock
+from mesh.directory import Directory
+from mesh.records import Record, State, newest
+from mesh.trust import Role
+from proxy.fleet import Fleet
+
+
+class Views:
+    """JSON-ready answers. Reads only what is in memory."""
+
+    def __init__(self, fleet: Fleet, directory: Directory, *, own: Callable[[], Record], mesh: str, clock: Clock) -> None:
+        self._fleet = fleet
+        self._directory = directory
+        self._own = own
+        self._mesh = mesh
+        self._clock = clock
+
+    def ready_models(self) -> set[str]:
+        """The models that can be asked for now: those of linked ready workers and of live ready records in the directory."""
+        return self._fleet.models() | _names(record for record in self._records(Role.WORKER) if record.state == State.READY)
+
+    def knows(self, model: str) -> bool:
+        """Whether any live worker, ready or not, names this model."""
+        return model in _names(self._records(Role.WORKER))
+
+    def workers(self) -> list[dict[str, Any]]:
+        return [self._worker(record) for record in self._records(Role.WORKER)]
+
+    def status(self, *, in_flight: int, draining: bool) -> dict[str, Any]:
+        return {
+            "mesh": self._mesh,
+            "proxy": {
+                "id": self._own().node_id.hex(),
+                "in_flight": in_flight,
+                "draining": draining,
+                "models": sorted(self._fleet.models()),
+            },
+            "proxies": [_node(record) for record in newest([*self._records(Role.PROXY), self._own()], now=self._clock.wall()).values()],
+            "bootstraps": [_node(record) for record in self._records(Role.BOOTSTRAP)],
+            "workers": self.workers(),
+            "directory": self._directory.stats(),
+        }
+
+    def _records(self, role: Role) -> list[Record]:
+        """The newest live record of every node of a role; a broken link ends a worker's listing sooner than its record does."""
+        linked = [worker.record for worker in self._fleet.workers.values() if role == Role.WORKER]
+        found = newest([*linked, *self._directory.known(role)], now=self._clock.wall())
+        return sorted(found.values(), key=lambda record: record.node_id)
+
+    def _worker(self, record: Record) -> dict[str, Any]:
+        linked = self._fleet.workers.get(record.node_id)
+        capability = record.capability
+        return _node(record) | {
+            "models": [entry.name for entry in record.models],
+            "tasks": sorted({task for entry in record.models for task in entry.tasks}),
+            "engine": capability.engine,
+            "linked": linked is not None,
+            "outbound": record.outbound_only,
+            "running": record.load.running,
+            "waiting": linked.waiting if linked else record.load.waiting,
+            "kv_use": linked.kv_use if linked else record.load.kv_use,
+            "in_flight": linked.in_flight if linked else 0,
+            "served": linked.served if linked else 0,
+            "failed": linked.failed if linked else 0,
+            "expires_in_s": round(record.expires - self._clock.wall(), 1),
+            "capability": {
+                "gpu": capability.gpu,
+                "gpu_count": capability.gpu_count,
+                "memory_bytes": capability.memory_bytes,
+                "tier": capability.tier,
+                "max_concurrency": capability.max_concurrency,
+            },
+        }
+
+
+def _names(records: Iterable[Record]) -> set[str]:
+    return {name for record in records for entry in record.models for name in (entry.name, *entry.adapters)}
+
+
+def _node(record: Record) -> dict[str, Any]:
+    return {
+        "id": record.node_id.hex(),
+        "name": record.node_id.hex()[:12],
+        "state": str(record.state),
+        "reason": record.reason,
+        "address": record.addresses[0] if record.addresses else "",
+        "api": record.api,
+        "region": record.capability.region,
+        "version": record.version,
+    }

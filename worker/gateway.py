@@ -1,0 +1,231 @@
+"""From link streams to the engine's HTTP and back.
+
+One task per stream: read the request, take a slot, ask the engine, pass its answer on as it comes. A client that goes away cancels the
+task, which closes the connection to the engine, which is how engines learn that nobody listens. An engine's stream that ends
+without its proper end is an error here, so that it is one for the client too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import aiohttp
+import structlog
+
+from mesh.claims import read_int, read_str
+from mesh.clock import Clock
+from mesh.errors import (
+    BodyTooLarge,
+    EngineUnavailable,
+    InvalidRequest,
+    MalformedEnvelope,
+    MeshError,
+    ModelNotFound,
+    Overloaded,
+    ProtocolError,
+    WorkerError,
+)
+from mesh.link.frames import MAX_PAYLOAD_BYTES
+from mesh.link.link import IncomingStream
+from worker.admission import Admission
+from worker.engine import ModelSpec, Task
+from worker.usage import EventStream, Prepared, Usage, engine_complaint, prepare_body, read_answer
+
+log = structlog.get_logger(__name__)
+
+PROGRESS_S = 1.0
+BODY_DEADLINE_S = 60.0
+MAX_REQUEST_BYTES = 4 << 30
+MAX_ANSWER_BYTES = 256 << 20
+MAX_COMPLAINT_BYTES = 64 * 1024
+
+
+class EngineView(Protocol):
+    """What the gateway asks of whoever keeps the engine (`worker.engine.Supervisor`)."""
+
+    @property
+    def base_url(self) -> str | None: ...
+    @property
+    def models(self) -> tuple[ModelSpec, ...]: ...
+    def suspect(self) -> None: ...
+
+
+class Gateway:
+    """Serves the streams that proxies open. ``on_load`` is called whenever the number of requests changes."""
+
+    def __init__(
+        self,
+        engine: EngineView,
+        session: aiohttp.ClientSession,
+        *,
+        headers: Mapping[str, str],
+        admission: Admission,
+        on_load: Callable[[], None],
+        clock: Clock,
+    ) -> None:
+        self.admission = admission
+        self.served = 0
+        self._engine = engine
+        self._session = session
+        self._headers = dict(headers)
+        self._on_load = on_load
+        self._clock = clock
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        """A proxy opened a stream: serve it in a task of its own."""
+        task = asyncio.create_task(self._serve(stream, head))
+        stream.on_cancel = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """End whatever is still being served."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- one stream
+
+    async def _serve(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        try:
+            request = _Request(head)
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                body = await stream.read_body(max_bytes=request.size)
+            model = self._model(request)
+            prepared = prepare_body(body, task=request.task, engine_model=_renamed(model, request.model))
+            queued = time.monotonic()
+            working = asyncio.create_task(self._report_progress(stream))
+            try:
+                async with self.admission.slot():
+                    self._on_load()
+                    stream.accept()
+                    await self._ask(stream, request, prepared, working, queue_s=time.monotonic() - queued)
+            finally:
+                working.cancel()
+                self._on_load()
+        except MeshError as error:
+            stream.fail(error)
+        except TimeoutError:
+            stream.fail(InvalidRequest("The request body did not arrive in time"))
+        except Exception:
+            log.exception("request.crashed")
+            stream.fail(WorkerError("The worker failed to handle this request"))
+
+    def _model(self, request: _Request) -> ModelSpec:
+        for model in self._engine.models:
+            if request.model == model.name or request.model in model.adapters:
+                if request.task not in model.tasks:
+                    raise InvalidRequest(f"The model '{model.name}' does not serve {request.task}", param="model")
+                return model
+        raise ModelNotFound(f"The model '{request.model}' is not served here", param="model")
+
+    async def _ask(
+        self, stream: IncomingStream, request: _Request, prepared: Prepared, working: asyncio.Task[None], *, queue_s: float
+    ) -> None:
+        base_url = self._engine.base_url
+        if base_url is None:
+            raise EngineUnavailable("The worker's engine is not ready")
+        headers = {**self._headers, "Content-Type": "application/json", "X-Request-Id": request.id}
+        started = time.monotonic()
+        try:
+            async with self._session.post(base_url + Task(request.task).path, data=prepared.body, headers=headers) as response:
+                if response.status != 200:
+                    raise await _refusal(response)
+                if response.content_type == "text/event-stream":
+                    usage = await self._relay_events(stream, response, prepared, working)
+                else:
+                    usage = await self._relay_whole(stream, response, working)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._engine.suspect()
+            raise EngineUnavailable(f"The worker's engine failed ({type(error).__name__})") from None
+        self.served += 1
+        stream.end({**usage.to_trailer(), "queue_ms": round(queue_s * 1000), "engine_ms": round((time.monotonic() - started) * 1000)})
+
+    async def _relay_events(
+        self, stream: IncomingStream, response: aiohttp.ClientResponse, prepared: Prepared, working: asyncio.Task[None]
+    ) -> Usage:
+        """Pass events on, whole ones only. HEAD goes with the first, so a request that has had no token can still move."""
+        events = EventStream(show_usage=prepared.show_usage)
+        begun = False
+        try:
+            async for data in response.content.iter_any():
+                whole = events.feed(data)
+                if not whole:
+                    continue
+                if not begun:
+                    begun = True
+                    working.cancel()
+                    stream.send_head({"status": 200, "type": "text/event-stream"})
+                if not stream.send_now(whole):
+                    await stream.send(whole)
+        except ValueError:
+            raise EngineUnavailable("The worker's engine sent an event without end") from None
+        rest = events.close()
+        if rest:
+            await stream.send(rest)
+        if not events.complete:
+            self._engine.suspect()
+            raise EngineUnavailable("The worker's engine ended its answer in the middle")
+        return events.usage
+
+    async def _relay_whole(self, stream: IncomingStream, response: aiohttp.ClientResponse, working: asyncio.Task[None]) -> Usage:
+        pieces, size = [], 0
+        async for data in response.content.iter_any():
+            size += len(data)
+            if size > MAX_ANSWER_BYTES:
+                raise EngineUnavailable("The worker's engine sent too large an answer")
+            pieces.append(data)
+        body = b"".join(pieces)
+        usage, answer = read_answer(body)
+        if answer is None:
+            raise EngineUnavailable("The worker's engine sent an answer that is not JSON")
+        working.cancel()
+        stream.send_head({"status": 200, "type": "application/json", "length": len(body)})
+        for at in range(0, len(body), MAX_PAYLOAD_BYTES):
+            await stream.send(body[at : at + MAX_PAYLOAD_BYTES])
+        return usage or Usage()
+
+    async def _report_progress(self, stream: IncomingStream) -> None:
+        """Until the first byte: tell the proxy, once a second, that the engine is alive and at it."""
+        while True:
+            await self._clock.sleep(PROGRESS_S)
+            if self._engine.base_url is not None:
+                stream.progress({"running": self.admission.running})
+
+
+class _Request:
+    """The fields of an OPEN frame, checked. Raises `ProtocolError`."""
+
+    __slots__ = ("id", "model", "size", "task")
+
+    def __init__(self, head: Mapping[str, Any]) -> None:
+        try:
+            self.id = read_str(head, "id", max_len=64)
+            self.model = read_str(head, "model")
+            self.size = read_int(head, "size", high=MAX_REQUEST_BYTES)
+            self.task = Task(read_str(head, "task", max_len=32))
+        except (MalformedEnvelope, ValueError) as error:
+            raise ProtocolError(f"bad OPEN: {error}") from None
+
+
+def _renamed(model: ModelSpec, asked: str) -> str | None:
+    """The engine's own name for what was asked, or None where it is the same."""
+    return model.engine_name if asked == model.name and model.engine_name != asked else None
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> MeshError:
+    """What an engine's error status means to the client: its own mistake, a full engine, or a broken one."""
+    complaint = engine_complaint(await response.content.read(MAX_COMPLAINT_BYTES), response.status)
+    match response.status:
+        case 400 | 404 | 405 | 409 | 415 | 422:
+            return InvalidRequest(complaint)
+        case 413:
+            return BodyTooLarge(complaint)
+        case 429:
+            return Overloaded(complaint, retry_after_s=1.0)
+    return EngineUnavailable(f"The worker's engine answered {response.status}")

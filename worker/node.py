@@ -1,0 +1,158 @@
+"""One worker process: the engine and its supervisor, the gateway, the record, the links."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import aiohttp
+import structlog
+
+from mesh import __version__
+from mesh.clock import SystemClock
+from mesh.directory import Directory
+from mesh.enrol import keep_renewed, known_bootstraps, open_identity
+from mesh.errors import ProtocolError
+from mesh.identity import IdentityStore
+from mesh.link.link import IncomingStream, Link
+from mesh.node import About, MeshNode
+from mesh.records import Record
+from mesh.runtime import announce
+from mesh.trust import Role
+from worker.admission import Admission
+from worker.announce import LoadPusher, about
+from worker.config import WorkerConfig
+from worker.engine import EngineKind, EngineSpec, Readiness, Supervisor, Timing, make_engine
+from worker.gateway import Gateway
+from worker.hardware import detect
+from worker.progress import DownloadProgress
+
+log = structlog.get_logger(__name__)
+
+LEAVE_S = 0.25
+"""Between telling the proxies and believing that they have heard."""
+
+
+async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
+    """Run a worker until ``stop``; withdraw, finish what runs, return 0."""
+    clock, rng = SystemClock(), random.Random()
+    engine = make_engine(engine_spec(config))
+    identity = await open_identity(config, Role.WORKER, clock)
+    bootstraps = known_bootstraps(config)
+    directory = Directory(identity, bootstraps=bootstraps, state_dir=config.state_dir, clock=clock, rng=rng, serve=not config.outbound)
+    admission = Admission(limit=config.max_concurrency, queue_limit=config.queue_limit)
+    capability = await detect(region=config.region, engine=config.engine, max_concurrency=config.max_concurrency)
+    started = False
+
+    def report(done_bytes: int = 0, total_bytes: int | None = None) -> None:
+        """Tell this machine (node.json) how far the engine is."""
+        if started:
+            entries = [{"stage": str(entry.stage), "at": entry.at_s, "reason": entry.reason} for entry in supervisor.readiness.history]
+            progress = {"done_bytes": done_bytes, "total_bytes": total_bytes}
+            announce(config, node_id=identity.node_id, addresses=node.addresses, stages=entries, progress=progress)
+
+    def on_change(readiness: Readiness) -> None:
+        report()
+        if started:
+            node.changed()
+
+    def describe() -> About:
+        return about(config, supervisor, admission, capability)
+
+    progress = DownloadProgress(config.model[0] if config.model else config.engine, report)
+    supervisor = Supervisor(
+        engine,
+        state_dir=config.state_dir,
+        clock=clock,
+        rng=rng,
+        timing=Timing(load_deadline_s=config.load_timeout_s),
+        on_change=on_change,
+        on_progress=progress,
+    )
+    pusher = LoadPusher(admission, supervisor)
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0), auto_decompress=True
+    ) as session:
+        gateway = Gateway(supervisor, session, headers=engine.headers, admission=admission, on_load=pusher.changed, clock=clock)
+        node = MeshNode(
+            identity,
+            directory,
+            _Links(gateway, pusher),
+            counterpart=Role.PROXY,
+            about=describe,
+            state_dir=config.state_dir,
+            record_ttl_s=config.record_ttl_s,
+            version=__version__,
+            clock=clock,
+            rng=rng,
+        )
+        pusher.peers = node.peers
+        await directory.start(config.host, config.dht_port)
+        try:
+            if not config.outbound:
+                _, port = await node.listen(config.host, config.port)
+                node.addresses = config.addresses(port)
+            started = True
+            node.start()
+            report()
+            log.info("worker.started", id=identity.node_id.hex()[:12], links=node.addresses or "outbound only", engine=config.engine)
+            async with asyncio.TaskGroup() as tasks:
+                renewing = tasks.create_task(keep_renewed(identity, IdentityStore(config.state_dir), bootstraps, clock, rng))
+                tasks.create_task(supervisor.run())
+                await stop.wait()
+                log.info("worker.draining", running=admission.running, waiting=admission.waiting)
+                supervisor.drain()
+                node.drain()
+                await asyncio.sleep(LEAVE_S)
+                await admission.idle()  # `mesh.runtime` bounds it with the drain deadline
+                renewing.cancel()
+                await supervisor.stop()
+        finally:
+            progress.close()
+            await gateway.stop()
+            await node.stop()
+            await directory.stop()
+    return 0
+
+
+def engine_spec(config: WorkerConfig) -> EngineSpec:
+    """What the settings say about the engine."""
+    return EngineSpec(
+        kind=EngineKind(config.engine),
+        source=config.model[0] if config.model else None,
+        served_name=config.served_name[0] if config.served_name else None,
+        args=config.engine_args,
+        context_tokens=config.context_tokens or None,
+        vllm_command=config.vllm_command,
+        threads=config.threads or None,
+        url=config.engine_url or None,
+        api_key_env=config.engine_key_env or None,
+        parallel=config.parallel or EngineSpec.parallel,
+    )
+
+
+class _Links:
+    """Implements `mesh.link.peers.PeersOwner` for a worker: proxies open streams, and that is all they may do."""
+
+    def __init__(self, gateway: Gateway, pusher: LoadPusher) -> None:
+        self._gateway = gateway
+        self._pusher = pusher
+
+    def on_up(self, link: Link, record: Record) -> None:
+        self._pusher.changed()
+
+    def on_down(self, link: Link, reason: str) -> None:
+        self._pusher.changed()
+
+    def on_record(self, link: Link, record: Record) -> None:
+        pass
+
+    def on_load(self, link: Link, fields: dict[str, Any]) -> None:
+        raise ProtocolError("a proxy has no load")
+
+    def on_drain(self, link: Link) -> None:
+        pass
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        self._gateway.open(stream, head)
