@@ -108,6 +108,7 @@ class Stats:
     cancelled: int = 0
     running: int = 0
     waiting: int = 0
+    health_checks: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     requests: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
@@ -369,6 +370,8 @@ class FakeEngine:
         return answer
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
+        self.stats.health_checks += 1
+        self._tell()
         if self._misbehaviour is not None and self._misbehaviour.is_about_health:
             if self._misbehaviour.mode is Mode.DEAF:
                 await asyncio.Event().wait()

@@ -51,7 +51,8 @@ async def in_thread(work: Callable[[Meter], T], report: Progress = ignore, total
     try:
         while not (await asyncio.wait({running}, timeout=POLL_S))[0]:
             report(meter.done_bytes, meter.total_bytes)
-        report(meter.done_bytes, meter.total_bytes)
+        if meter.done_bytes:
+            report(meter.done_bytes, meter.total_bytes)
         return running.result()
     except asyncio.CancelledError:
         meter.stop.set()
