@@ -23,7 +23,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import check_time, read_bytes, read_number, read_str, read_strs
-from mesh.envelope import seal
+from mesh.envelope import read_unverified, seal
 from mesh.errors import MalformedEnvelope, UnknownSigner, UsageError
 from mesh.trust import Issuer, Purpose, Trust
 
@@ -144,6 +144,12 @@ def verify_key(text: str, trust: Trust, *, now: float) -> ApiKey:
     _check_scope(claims, issuer)
     check_time("the API key", not_before=claims.not_before, expires=claims.expires, now=now)
     return claims
+
+
+def read_key(text: str) -> ApiKey:
+    """What a key claims, with nothing verified but its checksum: for showing to people. Raises `MalformedEnvelope`."""
+    opened = read_unverified(parse_key(text))
+    return _claims_from(opened.payload, opened.signer.decode("ascii", "replace"))
 
 
 class KeyVerifier:

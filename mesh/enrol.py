@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import ssl
 from collections.abc import Iterable, Mapping
@@ -273,7 +274,8 @@ def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {CALL_DEADLINE_S:g} s"
     if isinstance(error, aiohttp.ClientConnectorError):
-        return f"cannot connect ({error.os_error.strerror or error.os_error})"
+        number = error.os_error.errno
+        return f"cannot connect ({os.strerror(number).lower() if number else error.os_error})"
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "it closed the connection (is this node's certificate still good?)"
     return str(error) or type(error).__name__

@@ -71,6 +71,12 @@ def signer_of(data: bytes) -> bytes:
     return _split(data, MAX_ENVELOPE_BYTES)[1]
 
 
+def read_unverified(data: bytes) -> Opened:
+    """What an envelope claims, signature not looked at: for showing to people, and for a newcomer who cannot verify yet."""
+    body, signer, payload_at = _split(data, MAX_ENVELOPE_BYTES)
+    return Opened(signer=signer, payload=parse_payload(body[payload_at:]))
+
+
 def parse_payload(data: bytes) -> dict[str, Any]:
     """Parse one msgpack map with string keys from outside, within limits. Raises `MalformedEnvelope`."""
     size = len(data)

@@ -30,9 +30,11 @@
     ├── EngineError                 (inside a worker) the engine cannot be started or kept running
     │   └── ModelSourceError        the model cannot be had: fetch, checksum or format
     ├── DirectoryError              the directory cannot do what was asked
-    └── EnrolError                  a bootstrap node would not or could not admit this node
-        ├── EnrolRefused            it understood and said no; asking again will not help
-        └── TokenSpent              the join token has admitted as many nodes as it may
+    ├── EnrolError                  a bootstrap node would not or could not admit this node
+    │   ├── EnrolRefused            it understood and said no; asking again will not help
+    │   └── TokenSpent              the join token has admitted as many nodes as it may
+    ├── ApiError                    (in the `mesh` command) the proxy answered with an error, or not at all
+    └── LocalMeshError              (in `mesh up` and `mesh down`) a node on this machine did not start or stop
 
 Each class carries a stable ``code``; only ``proxy/respond.py`` knows what they mean in HTTP.
 Messages are for people: they say what was wrong and what to do next, and never hold a key or a prompt.
@@ -246,3 +248,19 @@ class TokenSpent(EnrolError):
     """The join token is used up."""
 
     code = "token_spent"
+
+
+class ApiError(MeshError):
+    """The proxy answered with an error, or not at all. ``status`` is the HTTP status, 0 without an answer."""
+
+    code = "api_error"
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LocalMeshError(MeshError):
+    """A mesh on this machine could not be started or stopped."""
+
+    code = "local_mesh_error"

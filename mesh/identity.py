@@ -268,15 +268,16 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file only its owner can read (0600), whole or not at all."""
+def write_private(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file only its owner can read (0600), whole or not at all; ``durable`` waits for the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -296,9 +297,7 @@ def parse_credentials(data: object) -> Credentials:
     try:
         if not isinstance(data, dict):
             raise TypeError
-        keys = tuple(
-            NetworkKey(epoch=int(epoch), key=bytes.fromhex(key)) for epoch, key in sorted(data["network_keys"].items())
-        )
+        keys = tuple(NetworkKey(epoch=int(epoch), key=bytes.fromhex(key)) for epoch, key in sorted(data["network_keys"].items()))
         if not keys or any(len(item.key) != 32 for item in keys):
             raise ValueError
         return Credentials(

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.apikey import decode_base62, encode_base62
 from mesh.claims import check_time, read_bytes, read_int, read_number, read_str, read_strs
-from mesh.envelope import parse_payload, seal, signer_of
+from mesh.envelope import read_unverified, seal
 from mesh.errors import MalformedEnvelope, UsageError
 from mesh.trust import Purpose, Role, Trust
 
@@ -69,8 +69,7 @@ def parse_token(text: str) -> JoinToken:
     signed, checksum = data[:-4], data[-4:]
     if zlib.crc32(signed).to_bytes(4) != checksum:
         raise MalformedEnvelope("the join token's checksum does not match: it was mistyped or cut off")
-    signer = signer_of(signed)
-    payload = parse_payload(signed[2 + len(signer) : -64])
+    payload = read_unverified(signed).payload
     bootstraps = read_strs(payload, "at", max_items=16)
     if not bootstraps:
         raise MalformedEnvelope("the join token names no bootstrap node")

@@ -59,7 +59,7 @@ def announce(config: NodeConfig, *, node_id: bytes, addresses: tuple[str, ...], 
         "addresses": list(addresses),
         **more,
     }
-    write_private(config.state_dir / NODE_FILE, json.dumps(about, indent=1).encode())
+    write_private(config.state_dir / NODE_FILE, json.dumps(about, indent=1).encode(), durable=False)
 
 
 def read_announced(state_dir: Path) -> dict[str, Any] | None:

@@ -1,0 +1,23 @@
+"""The `mesh` command: for operators, for users, and for trying it all on one machine."""
+
+from __future__ import annotations
+
+import click
+
+from mesh import __version__
+from mesh.commands.local import down, up
+from mesh.commands.operator import create, invite, key
+from mesh.commands.user import chat, init, models, status, workers
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Try it on this machine: mesh up",
+)
+@click.version_option(__version__, prog_name="mesh")
+def main() -> None:
+    """One OpenAI-compatible API in front of GPU machines anywhere, with no central anything."""
+
+
+for _command in (up, down, create, invite, key, init, chat, models, status, workers):
+    main.add_command(_command)
