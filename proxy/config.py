@@ -23,7 +23,10 @@ class ProxyConfig(NodeConfig):
     link_port: int = setting(0, metavar="PORT", help="Port where workers that only dial out reach this proxy; 0 takes any.")
     tls_cert: Path | None = setting(None, metavar="FILE", help="Certificate chain (PEM) of the API; reloaded when it changes.")
     tls_key: Path | None = setting(None, metavar="FILE", help="Private key (PEM) of that certificate.")
-    processes: int = setting(1, metavar="N", help="Processes that share the port; each is a node of its own.")
+    processes: int = setting(
+        1, metavar="N", help="Processes that share the port; each is a node of its own, so the join token needs --uses N."
+    )
+    reuse_port: bool = setting(False, help="Let other processes listen on the same port; set for the children of --processes.")
     max_body_bytes: int = setting(64 << 20, metavar="SIZE", help="Largest request body taken.")
     first_byte_timeout_s: float = setting(
         30.0, metavar="TIME", help="How long a worker may be silent before its first byte, unless it reports progress."

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.fleet import Fleet
+from proxy.fleet import Fleet, Worker
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -42,7 +42,7 @@ class Metrics:
             buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )
-        self.registry.register(_FleetCollector(fleet, directory))  # type: ignore[no-untyped-call]
+        self.registry.register(_FleetCollector(fleet, directory))
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -60,7 +60,7 @@ class _FleetCollector(Collector):
         for state in sorted({str(worker.record.state) for worker in workers}):
             linked.add_metric((state,), sum(str(worker.record.state) == state for worker in workers))
         yield linked
-        gauges = (
+        gauges: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
             ("infermesh_worker_in_flight", "Requests of this proxy at a worker.", lambda worker: worker.in_flight),
             ("infermesh_worker_waiting", "Requests waiting at a worker.", lambda worker: worker.waiting),
             ("infermesh_worker_kv_use", "Share of a worker's KV cache in use.", lambda worker: worker.kv_use),

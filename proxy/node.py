@@ -22,6 +22,7 @@ from proxy.config import ProxyConfig
 from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.metrics import Metrics
+from proxy.processes import run_processes
 from proxy.server import HttpServer
 from proxy.views import Views
 
@@ -35,6 +36,8 @@ LEAVE_S = 0.3
 
 async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     """Run a proxy until ``stop``; drain, then return 0."""
+    if config.processes > 1:
+        return await run_processes(config, stop)
     clock, rng = SystemClock(), random.Random()
     identity = await open_identity(config, Role.PROXY, clock)
     bootstraps = known_bootstraps(config)

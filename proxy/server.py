@@ -84,7 +84,7 @@ class HttpServer:
             config.port,
             backlog=BACKLOG,
             ssl_context=context,
-            reuse_port=True if config.processes > 1 else None,
+            reuse_port=True if config.reuse_port else None,
         )
         try:
             await site.start()
