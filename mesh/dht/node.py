@@ -1,0 +1,333 @@
+"""One node of the directory's network: joining it, staying in it, looking things up, storing our own."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgpack
+import structlog
+
+from mesh.clock import Clock
+from mesh.dht.address import Address, is_dialable, normalise, split_host_port
+from mesh.dht.config import DirectoryConfig
+from mesh.dht.counts import Counts
+from mesh.dht.crawl import Accept, Crawl, Outcome
+from mesh.dht.mesh_time import MeshTime
+from mesh.dht.peers import PeerMemory
+from mesh.dht.protocol import EMPTY, MeshProtocol, Op
+from mesh.dht.publish import Publisher
+from mesh.dht.routing import ID_BITS, Contact, Table
+from mesh.dht.session import Sessions
+from mesh.dht.state import KnownPeer, load_peers, save_peers
+from mesh.dht.storage import Held, RecordStore
+from mesh.dht.tasks import Tasks
+from mesh.dht.verify import Verifier, lifetime_s, peek
+from mesh.errors import TrustError
+from mesh.identity import Identity
+from mesh.membership import MembershipCache
+from mesh.records import Record
+
+log = structlog.get_logger(__name__)
+
+_RESOLVE_S = 3.0
+_JOIN_AT_ONCE = 16
+_SEEDS = 24
+_EXPIRE_EVERY_S = 1.0
+_SAVE_NEWS_S = 2.0
+
+Hearer = Callable[[Record], None]
+
+
+class DhtNode:
+    """Everything `mesh.directory.Directory` stands on. ``serve`` False: asks and stores, but never enters a table."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        bootstraps: Sequence[str],
+        state_dir: Path | None,
+        clock: Clock,
+        rng: random.Random,
+        serve: bool,
+        config: DirectoryConfig,
+        members: MembershipCache | None = None,
+    ) -> None:
+        self.identity = identity
+        self.config = config
+        self.clock = clock
+        self.counts = Counts()
+        self.time = MeshTime(clock)
+        self.memory = PeerMemory(config, rng)
+        self.table = Table(identity.node_id, config)
+        self.verifier = Verifier(members or MembershipCache(identity.trust))
+        self.store = RecordStore(self.verifier, config)
+        boot = int(clock.wall() * 1000)
+        self.sessions = Sessions(identity, self.verifier.members, boot=boot, serve=serve, size=config.max_sessions)
+        self.protocol = MeshProtocol(
+            clock=clock,
+            config=config,
+            sessions=self.sessions,
+            memory=self.memory,
+            time=self.time,
+            counts=self.counts,
+            own_id=identity.node_id,
+            table=self.table,
+            store=self.store,
+            serve=serve,
+        )
+        self.tasks = Tasks()
+        self.publisher = Publisher(self.protocol, self.memory, config, clock, rng, self.tasks, self.walk)
+        self._serve = serve
+        self._rng = rng
+        self._state_dir = state_dir
+        self._bootstraps = [split_host_port(text) for text in bootstraps]
+        self._own_addresses: dict[Address, None] = {}
+        self._resolved: dict[Address, None] = {}
+        self._remembered: dict[bytes, Contact] = {}
+        self._news = False
+        self._joined = asyncio.Event()
+        self._hearers: list[Hearer] = []
+        self.store.on_change = self._on_change
+        self.protocol.on_notice = self._on_notice
+        self.protocol.on_own_address = self._on_own_address
+        self.table.on_added = self._on_added
+        self._renewed()
+        identity.on_renewal(self._renewed)
+        identity.trust.on_change(self.verifier.forget)
+
+    # life
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Bind the UDP socket and begin to join. Raises `OSError` if the address cannot be had."""
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(lambda: self.protocol, local_addr=(host, port))
+        bound = transport.get_extra_info("sockname")
+        if self._state_dir is not None:
+            for peer in load_peers(self._state_dir, limit=self.config.remembered_peers):
+                self._remembered[peer.node_id] = Contact(peer.node_id, peer.address)
+        self.tasks.start(self._stay_joined(), name="directory join")
+        self.tasks.start(self._maintain(), name="directory upkeep")
+        log.info("directory.started", host=bound[0], port=bound[1], remembered=len(self._remembered))
+        return bound[0], bound[1]
+
+    async def stop(self) -> None:
+        """Save what is known and leave. Idempotent."""
+        await self.tasks.stop()
+        self.protocol.close()
+        await self._save()
+
+    async def joined(self, timeout_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self._joined.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def _renewed(self) -> None:
+        self.protocol.sealer.set_keys(self.identity.credentials.network_keys)
+        self.sessions.renew()
+
+    # looking up and storing
+
+    def seeds(self, key: bytes) -> list[Contact]:
+        """Where a look-up begins: the nearest contacts, those that answer before those that lately did not."""
+        now = self.clock.monotonic()
+        self.table.touch(key, now)
+        good = self.table.nearest(key, _SEEDS, accept=lambda contact: not self.memory.shunned(contact.id, now))
+        return good or self.table.nearest(key, _SEEDS)
+
+    async def walk(self, key: bytes) -> list[Contact]:
+        """The live nodes nearest to ``key``, nearest first."""
+        return (await self.crawl(key, accept=None, timeout_s=2 * self.config.lookup_timeout_s)).nearest
+
+    async def crawl(self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None) -> Outcome:
+        crawl = Crawl(self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width)
+        outcome = await crawl.run(self.seeds(key), timeout_s=timeout_s)
+        self.counts.add("lookups")
+        if not outcome.complete:
+            self.counts.add("lookups_cut_short")
+        return outcome
+
+    def keep(self, record: Record, keys: Sequence[bytes]) -> None:
+        """Hold our own record too, so that we find ourselves."""
+        remaining_s = record.expires - self.clock.wall()
+        now, wall = self.clock.monotonic(), self.time.now()
+        own = self.identity.node_id
+        self.store.offer(record.signed, keys, remaining_s=remaining_s, source=own, now=now, wall=wall)
+
+    def check(self, data: bytes, remaining_s: float) -> Record:
+        """Verify a record from a peer; returns it with ``expires`` on our own wall clock. Raises a `TrustError`."""
+        now = self.time.now()
+        claim = peek(data)
+        record = self.verifier.record(data, claim, now=now)
+        left_s = lifetime_s(claim, remaining_s, now=now)
+        return replace(record, expires=self.clock.wall() + left_s)
+
+    def local(self, held: Held) -> Record:
+        """A held record with ``expires`` on our own wall clock."""
+        return replace(held.record, expires=self.clock.wall() + held.ends - self.clock.monotonic())
+
+    def hear(self, hearer: Hearer) -> None:
+        """Call ``hearer`` with every verified record that reaches this node unasked: stored here, or pushed by a holder."""
+        self._hearers.append(hearer)
+
+    def _on_change(self, held: Held, former: Held | None, material: bool) -> None:
+        if material and self._serve:
+            keys = held.allowed if former is None else held.allowed | former.allowed
+            self.protocol.push(held, keys)
+        self._tell(self.local(held))
+
+    def _on_notice(self, data: bytes, remaining_s: float, source: bytes) -> None:
+        try:
+            record = self.check(data, remaining_s)
+        except TrustError as error:
+            self.counts.refuse(f"notice_{error.code}", source.hex()[:12], now=self.clock.monotonic())
+            return
+        self._tell(record)
+
+    def _tell(self, record: Record) -> None:
+        for hearer in self._hearers:
+            hearer(record)
+
+    async def watch(self, nearest: dict[bytes, list[Contact]]) -> None:
+        """Ask the holders of each key to push what changes under it; the lease must be renewed."""
+        keys_at: dict[Contact, list[bytes]] = {}
+        for key, contacts in nearest.items():
+            for contact in contacts[: self.config.holders]:
+                keys_at.setdefault(contact, []).append(key)
+        lease_ms = int(self.config.watch_lease_s * 1000)
+        requests = [
+            self.protocol.request(contact.address, Op.WATCH, msgpack.packb([keys[at : at + 16], lease_ms]), node_id=contact.id)
+            for contact, keys in keys_at.items()
+            for at in range(0, len(keys), 16)
+        ]
+        await asyncio.gather(*requests)
+
+    # joining
+
+    def _on_added(self, contact: Contact) -> None:
+        self._news = self._news or contact.id not in self._remembered
+        self._remembered.pop(contact.id, None)
+        self._remembered[contact.id] = contact
+        while len(self._remembered) > self.config.remembered_peers:
+            self._remembered.pop(next(iter(self._remembered)))
+        self.publisher.contact_added(contact)
+        self._joined.set()
+
+    def _on_own_address(self, address: Address) -> None:
+        self._own_addresses[address] = None
+
+    def _alone_by_right(self) -> bool:
+        """No other bootstrap node is named: whoever comes will come to us."""
+        return all(address in self._own_addresses for address in self._resolved) and (bool(self._resolved) or not self._bootstraps)
+
+    async def _stay_joined(self) -> None:
+        """While alone, knock at every known door with growing pauses; later, look at the bootstrap nodes now and then."""
+        pause_s = self.config.bootstrap_retry_s
+        while True:
+            alone = not len(self.table)
+            await self._knock()
+            if len(self.table):
+                if alone:
+                    await self._settle()
+                pause_s = self.config.bootstrap_recheck_s
+            else:
+                if self._alone_by_right():
+                    self._joined.set()
+                pause_s = min(self.config.bootstrap_retry_max_s, 2 * pause_s)
+            await self._pause(pause_s if len(self.table) or not alone else min(pause_s, self.config.bootstrap_retry_max_s))
+
+    async def _pause(self, pause_s: float) -> None:
+        await self.clock.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+
+    async def _knock(self) -> None:
+        """Ping bootstrap nodes, and remembered peers that are not in the table."""
+        await self._resolve()
+        addresses: dict[Address, bytes | None] = {address: None for address in self._resolved if address not in self._own_addresses}
+        known = {contact.address: None for contact in self.table}
+        for contact in list(self._remembered.values())[-_JOIN_AT_ONCE * 4 :]:
+            if self.table.get(contact.id) is None:
+                addresses.setdefault(contact.address, contact.id)
+        fresh = [(address, node_id) for address, node_id in addresses.items() if address not in known]
+        for at in range(0, len(fresh), _JOIN_AT_ONCE):
+            some = fresh[at : at + _JOIN_AT_ONCE]
+            await asyncio.gather(*(self._greet(address, node_id) for address, node_id in some))
+            if len(self.table) >= self.config.k:
+                break
+
+    async def _greet(self, address: Address, node_id: bytes | None) -> None:
+        """Introduce ourselves to whoever is at ``address``; a remembered peer may have come back under another id."""
+        reply = await self.protocol.request(address, Op.PING, EMPTY, node_id=node_id)
+        if reply is None and node_id is not None:
+            await self.protocol.request(address, Op.PING, EMPTY)
+
+    async def _settle(self) -> None:
+        """Learn our neighbourhood and make it learn us, then one look-up beyond each bucket."""
+        await self.crawl(self.identity.node_id, accept=None, timeout_s=2 * self.config.lookup_timeout_s, width=self.config.k)
+        await self._refresh_buckets(older_than_s=self.config.refresh_bucket_s)
+        log.info("directory.joined", peers=len(self.table))
+
+    async def _refresh_buckets(self, *, older_than_s: float) -> None:
+        for low, high in self.table.stale_ranges(self.clock.monotonic(), older_than_s)[:8]:
+            target = self._rng.randint(low, high).to_bytes(ID_BITS // 8)
+            await self.crawl(target, accept=None, timeout_s=self.config.lookup_timeout_s)
+
+    async def _resolve(self) -> None:
+        """Names anew each time: a bootstrap node may have moved. What cannot be resolved keeps its last addresses."""
+        loop = asyncio.get_running_loop()
+        for host, port in self._bootstraps:
+            try:
+                found = await asyncio.wait_for(loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM), _RESOLVE_S)
+            except (OSError, TimeoutError) as error:
+                log.warning("directory.unresolved", host=host, error=str(error) or "timed out")
+                continue
+            for *_, address in found:
+                canonical = normalise(str(address[0]), int(address[1]))
+                if is_dialable(*canonical):
+                    self._resolved[canonical] = None
+        while len(self._resolved) > 64:
+            self._resolved.pop(next(iter(self._resolved)))
+
+    # upkeep
+
+    async def _maintain(self) -> None:
+        """Every second: what has expired goes. Now and then: probe the silent, refresh buckets, save."""
+        saved = probed = refreshed = self.clock.monotonic()
+        while True:
+            await self.clock.sleep(_EXPIRE_EVERY_S * self._rng.uniform(0.8, 1.2))
+            now = self.clock.monotonic()
+            self.store.expire(now)
+            if now - probed >= self.config.probe_interval_s:
+                probed = now
+                self._probe_silent(now)
+            if now - refreshed >= self.config.refresh_bucket_s / 4:
+                refreshed = now
+                self.tasks.start(self._refresh_buckets(older_than_s=self.config.refresh_bucket_s), name="directory buckets")
+            if now - saved >= (_SAVE_NEWS_S if self._news else self.config.save_interval_s):
+                saved = now
+                await self._save()
+
+    def _probe_silent(self, now: float) -> None:
+        contact = self.table.longest_silent()
+        if contact is not None and now - contact.seen > 5 * self.config.probe_interval_s:
+            self.protocol.probe(contact)
+
+    async def _save(self) -> None:
+        if self._state_dir is None or not self._remembered:
+            return
+        self._news = False
+        wall, now = self.clock.wall(), self.clock.monotonic()
+        peers = [
+            KnownPeer(node_id=contact.id, address=contact.address, seen=wall - max(0.0, now - contact.seen) if contact.seen else 0)
+            for contact in self._remembered.values()
+        ]
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, save_peers, self._state_dir, peers)
+        except OSError as error:
+            log.warning("directory.state_unsaved", error=str(error))

@@ -1,0 +1,300 @@
+"""The Kademlia protocol of the mesh: ping, find node, find value, store, and watch.
+
+Names and roles are `kademlia`'s; what travels is ours: proven contacts, signed records with what remains of their lives, verdicts.
+Bodies are msgpack lists:
+
+=========== =================================================== ==========================================================
+request     body                                                reply
+=========== =================================================== ==========================================================
+PING        []                                                  []
+FIND_NODE   [target]                                            [contacts]
+FIND_VALUE  [key, rank after which to go on, contacts wanted]   [contacts, records held, full, more, [records]], in parts
+STORE       [[keys], remaining ms, record]                      [[verdicts], [nodes known nearer to each key than this one]]
+WATCH       [[keys], lease ms]                                  [lease ms]
+NOTICE      [remaining ms, record]                              none
+PROOF       [] and the cookie                                   none
+=========== =================================================== ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import msgpack
+from kademlia.protocol import KademliaProtocol
+
+from mesh.clock import Clock
+from mesh.dht.address import Address, is_loopback
+from mesh.dht.config import DirectoryConfig
+from mesh.dht.counts import Counts
+from mesh.dht.mesh_time import MeshTime
+from mesh.dht.peers import PeerMemory
+from mesh.dht.routing import ID_BYTES, Contact, Table, encode_contacts
+from mesh.dht.rpc import ProveFirst, Request, SealedRpc
+from mesh.dht.session import Session, Sessions
+from mesh.dht.storage import Held, RecordStore, Verdict
+from mesh.errors import MalformedEnvelope
+from mesh.records import MAX_RECORD_BYTES
+
+_MAX_KEYS = 4
+_CONTACTS_WITH_RECORDS = 8
+_RECORDS_FRAME_BYTES = 40
+_MAX_WATCHED_KEYS = 1_024
+_MAX_WATCHERS = 256
+
+
+class Op(IntEnum):
+    """Kinds of requests."""
+
+    PING = 1
+    FIND_NODE = 2
+    FIND_VALUE = 3
+    STORE = 4
+    WATCH = 5
+    NOTICE = 6
+    PROOF = 7
+
+
+class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
+    """Answers for this node. A node that does not serve answers pings and takes notices only."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        config: DirectoryConfig,
+        sessions: Sessions,
+        memory: PeerMemory,
+        time: MeshTime,
+        counts: Counts,
+        own_id: bytes,
+        table: Table,
+        store: RecordStore,
+        serve: bool,
+    ) -> None:
+        SealedRpc.__init__(
+            self,
+            clock=clock,
+            config=config,
+            sessions=sessions,
+            memory=memory,
+            time=time,
+            counts=counts,
+            own_id=own_id,
+        )
+        self.router = table
+        self.storage = store
+        self._serve = serve
+        self.source_node = table.node
+        self.watchers = Watchers()
+        self.on_notice: Callable[[bytes, float, bytes], None] = lambda data, remaining_s, source: None
+        self.on_own_address: Callable[[Address], None] = lambda address: None
+        self.handlers = {Op.PING: self.rpc_ping}
+        self.notices = {Op.NOTICE: self.rpc_notice, Op.PROOF: self.rpc_ping}
+        if serve:
+            self.handlers |= {
+                Op.FIND_NODE: self.rpc_find_node,
+                Op.FIND_VALUE: self.rpc_find_value,
+                Op.STORE: self.rpc_store,
+                Op.WATCH: self.rpc_watch,
+            }
+
+    # hooks of the transport
+
+    def on_proven(self, session: Session, address: Address) -> None:
+        if not session.serve:
+            return
+        rival = self.router.seen(session.node_id, address, self.clock.monotonic())
+        if rival is not None and self.clock.monotonic() - rival.seen > self.config.probe_interval_s * 10:
+            self.probe(rival)
+
+    def on_failed(self, node_id: bytes, failures: int) -> None:
+        contact = self.router.get(node_id)
+        if contact is None:
+            return
+        if failures >= 2:
+            self.router.remove(node_id)
+        else:
+            self.probe(contact)
+
+    def on_cookie(self, session: Session, address: Address) -> None:
+        if self._serve:
+            self.echo(session, address, Op.PROOF, EMPTY)
+
+    def on_self(self, address: Address) -> None:
+        self.on_own_address(address)
+
+    def probe(self, contact: Contact) -> None:
+        """Find out whether it is still there; the answer, or the silence, takes care of itself."""
+        self.request(contact.address, Op.PING, EMPTY, node_id=contact.id)
+
+    # what peers may ask
+
+    def rpc_ping(self, request: Request) -> list[list[Any]]:
+        return [[]]
+
+    def rpc_find_node(self, request: Request) -> list[list[Any]]:
+        (target,) = _fields(request, 1)
+        return [[self._contacts(request, _key(target), self.config.k, request.room - 8)]]
+
+    def rpc_find_value(self, request: Request) -> list[list[Any]]:
+        key, after, contacts_wanted = _fields(request, 3)
+        if not isinstance(after, bytes) or len(after) > ID_BYTES:
+            raise MalformedEnvelope("bad place to go on")
+        now = self.clock.monotonic()
+        room = request.room - _RECORDS_FRAME_BYTES
+        contacts = self._contacts(request, _key(key), _CONTACTS_WITH_RECORDS, room) if contacts_wanted else b""
+        parts: list[list[bytes]] = [[]]
+        left, more = room - len(contacts), False
+        for held in self.storage.live(key, now, after=after):
+            item = encode_record(held, now)
+            size = len(item) + 3
+            if size > left:
+                if len(parts) == request.parts or size > room:
+                    more = True
+                    break
+                parts.append([])
+                left = room
+            parts[-1].append(item)
+            left -= size
+        count, full = self.storage.count(key), self.storage.is_full(key, now)
+        return [[contacts if at == 0 else b"", count, full, more, items] for at, items in enumerate(parts)]
+
+    def rpc_store(self, request: Request) -> list[list[Any]]:
+        keys, remaining_ms, data = _fields(request, 3)
+        if not isinstance(keys, list) or not 1 <= len(keys) <= _MAX_KEYS or not isinstance(data, bytes):
+            raise MalformedEnvelope("bad store")
+        if type(remaining_ms) is not int or remaining_ms < 0 or len(data) > MAX_RECORD_BYTES:
+            raise MalformedEnvelope("bad store")
+        keys = [_key(key) for key in keys]
+        if not request.proven:
+            raise ProveFirst
+        verdicts = self.storage.offer(
+            data,
+            keys,
+            remaining_s=remaining_ms / 1000,
+            source=request.node_id,
+            now=self.clock.monotonic(),
+            wall=self.time.now(),
+        )
+        for verdict in verdicts:
+            self.counts.add(f"store_{verdict.name.lower()}")
+        if Verdict.FORGED in verdicts:
+            self.counts.refuse("forged_record", request.address, now=self.clock.monotonic())
+        return [[[int(verdict) for verdict in verdicts], [self._nearer_known(key, request.node_id) for key in keys]]]
+
+    def rpc_watch(self, request: Request) -> list[list[Any]]:
+        keys, lease_ms = _fields(request, 2)
+        if not isinstance(keys, list) or len(keys) > 16 or type(lease_ms) is not int or lease_ms < 0:
+            raise MalformedEnvelope("bad watch")
+        if not request.proven:
+            raise ProveFirst
+        lease_s = min(lease_ms / 1000, self.config.watch_lease_s)
+        until = self.clock.monotonic() + lease_s
+        for key in keys:
+            self.watchers.add(_key(key), request.node_id, request.address, until)
+        return [[int(lease_s * 1000)]]
+
+    def rpc_notice(self, request: Request) -> list[list[Any]]:
+        remaining_ms, data = _fields(request, 2)
+        if type(remaining_ms) is not int or remaining_ms < 0 or not isinstance(data, bytes) or len(data) > MAX_RECORD_BYTES:
+            raise MalformedEnvelope("bad notice")
+        self.on_notice(data, remaining_ms / 1000, request.node_id)
+        return []
+
+    def push(self, held: Held, keys: dict[bytes, None]) -> None:
+        """Tell whoever watches one of ``keys`` about a record."""
+        now = self.clock.monotonic()
+        body: bytes | None = None
+        for node_id, address in self.watchers.of(keys, now):
+            session = self.sessions.by_node(node_id)
+            if session is None or node_id == held.source:
+                continue
+            if body is None:
+                body = msgpack.packb([max(0, int((held.ends - now) * 1000)), held.record.signed])
+            self.counts.add("notices")
+            self.notify(session, address, Op.NOTICE, body)
+
+    def _contacts(self, request: Request, target: bytes, count: int, room: int) -> bytes:
+        """The nearest contacts that answer, but not the asker, and no loopback address for anybody elsewhere."""
+        local = is_loopback(request.address.host)
+
+        def fit(contact: Contact) -> bool:
+            if contact.id == request.node_id or self.memory.failing(contact.id):
+                return False
+            return local or not is_loopback(contact.address.host)
+
+        return encode_contacts(self.router.nearest(target, count, accept=fit), room)
+
+    def _nearer_known(self, key: bytes, owner: bytes) -> int:
+        """How many nodes we know that stand nearer to the key than we: whether we are one of its holders."""
+        goal = int.from_bytes(key)
+        own = self.router.node.long_id ^ goal
+        nearest = self.router.nearest(key, self.config.holders + self.config.spares + 1)
+        return sum(contact.long_id ^ goal < own and contact.id != owner and not self.memory.failing(contact.id) for contact in nearest)
+
+
+EMPTY = msgpack.packb([])
+
+
+class Watchers:
+    """Who wants to hear of changes under a key, and until when. Bounded: keys, and watchers per key."""
+
+    def __init__(self) -> None:
+        self._by_key: OrderedDict[bytes, OrderedDict[bytes, tuple[Address, float]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(watchers) for watchers in self._by_key.values())
+
+    def add(self, key: bytes, node_id: bytes, address: Address, until: float) -> None:
+        watchers = self._by_key.setdefault(key, OrderedDict())
+        watchers[node_id] = (address, until)
+        watchers.move_to_end(node_id)
+        if len(watchers) > _MAX_WATCHERS:
+            watchers.popitem(last=False)
+        self._by_key.move_to_end(key)
+        if len(self._by_key) > _MAX_WATCHED_KEYS:
+            self._by_key.popitem(last=False)
+
+    def of(self, keys: dict[bytes, None], now: float) -> list[tuple[bytes, Address]]:
+        """Each watcher of any of ``keys`` once."""
+        found: dict[bytes, Address] = {}
+        for key in keys:
+            watchers = self._by_key.get(key)
+            if watchers is None:
+                continue
+            for node_id, (address, until) in list(watchers.items()):
+                if until <= now:
+                    del watchers[node_id]
+                else:
+                    found[node_id] = address
+            if not watchers:
+                del self._by_key[key]
+        return list(found.items())
+
+
+def encode_record(held: Held, now: float) -> bytes:
+    """A record and what remains of its life, in ms."""
+    return max(0, min(65_535, int((held.ends - now) * 1000))).to_bytes(2) + held.record.signed
+
+
+def parse_found(item: object) -> tuple[float, bytes]:
+    """The inverse, from outside: remaining seconds and the record's bytes. Raises `MalformedEnvelope`."""
+    if not isinstance(item, bytes) or not 2 < len(item) <= 2 + MAX_RECORD_BYTES:
+        raise MalformedEnvelope("bad record in a reply")
+    return int.from_bytes(item[:2]) / 1000, item[2:]
+
+
+def _fields(request: Request, count: int) -> list[Any]:
+    if len(request.body) != count:
+        raise MalformedEnvelope(f"expected {count} fields")
+    return request.body
+
+
+def _key(value: object) -> bytes:
+    if not isinstance(value, bytes) or len(value) != ID_BYTES:
+        raise MalformedEnvelope("a key has 32 bytes")
+    return value

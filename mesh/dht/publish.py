@@ -1,0 +1,250 @@
+"""Keeping our own record with its holders.
+
+A refresh is one datagram to each remembered holder. Only when holders are lost, or say that others stand nearer to the key,
+is the network walked again, and then behind the refresh, not before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgpack
+
+from mesh.clock import Clock
+from mesh.dht.config import DirectoryConfig
+from mesh.dht.keys import MAX_LEVEL, indexes, shard_of
+from mesh.dht.peers import PeerMemory
+from mesh.dht.protocol import EMPTY, MeshProtocol, Op
+from mesh.dht.routing import Contact
+from mesh.dht.rpc import Reply
+from mesh.dht.storage import Verdict
+from mesh.dht.tasks import Tasks
+from mesh.records import Record, directory_key
+
+_KEYS_PER_STORE = 2
+_GOOD = (Verdict.ACCEPTED, Verdict.WITHDRAWN)
+
+Walk = Callable[[bytes], Awaitable[list[Contact]]]
+"""From a key to the nodes nearest to it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """One key our record stands under. ``wanted`` is how many holders the last walk could find."""
+
+    key: bytes
+    holders: dict[bytes, Contact] = field(default_factory=dict)
+    full: int = 0
+    wanted: int = 0
+    walk_at: float = float("-inf")
+    walking: bool = False
+    rounds: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Index:
+    """A (kind, name) pair we publish under, and how deep: see `mesh.dht.keys`."""
+
+    kind: str
+    name: str
+    level: int = 0
+    retry_at: float = float("inf")
+
+
+class Publisher:
+    """Stores one node's own records; `publish` may be called as often as the owner likes."""
+
+    def __init__(
+        self,
+        protocol: MeshProtocol,
+        memory: PeerMemory,
+        config: DirectoryConfig,
+        clock: Clock,
+        rng: random.Random,
+        tasks: Tasks,
+        walk: Walk,
+    ) -> None:
+        self._protocol = protocol
+        self._memory = memory
+        self._config = config
+        self._clock = clock
+        self._rng = rng
+        self._tasks = tasks
+        self._walk = walk
+        self._places: dict[bytes, _Place] = {}
+        self._indexes: dict[tuple[str, str], _Index] = {}
+        self._record: Record | None = None
+
+    def holders(self) -> dict[bytes, list[Contact]]:
+        """By key, who is remembered to hold our record."""
+        return {place.key: list(place.holders.values()) for place in self._places.values()}
+
+    def contact_added(self, contact: Contact) -> None:
+        """A node joined our table: if it stands nearer to a key than a holder, the next refresh looks for it."""
+        for place in self._places.values():
+            goal = int.from_bytes(place.key)
+            distances = [holder.long_id ^ goal for holder in place.holders.values()]
+            if len(distances) < self._config.holders or contact.long_id ^ goal < max(distances):
+                place.walk_at = min(place.walk_at, self._clock.monotonic() + self._rng.uniform(0.0, self._config.refresh_s))
+
+    async def publish(self, record: Record) -> int:
+        """Store a signed record; returns how many holders have accepted it under each of its keys (the least of them)."""
+        self._record = record
+        wanted = {pair: self._indexes.setdefault(pair, _Index(*pair)) for pair in indexes(record)}
+        gone = [pair for pair in self._indexes if pair not in wanted]
+        withdrawn = [place for pair in gone for place in self._withdraw(self._indexes.pop(pair), record)]
+        places = [self._place(index, record) for index in wanted.values()]
+        missing = [place for place in places if not place.holders]
+        await asyncio.gather(*(self._find_holders(place) for place in missing))
+        accepted = await self._store(record, places + withdrawn)
+        for place in withdrawn:
+            self._places.pop(place.key, None)
+        deeper = [index for index in wanted.values() if self._go_deeper(index, record)]
+        if deeper:
+            accepted |= await self._publish_deeper(record, deeper)
+        self._repair(record, places)
+        return min((accepted.get(self._key(index, record), 0) for index in wanted.values()), default=0)
+
+    async def _publish_deeper(self, record: Record, deeper: list[_Index]) -> dict[bytes, int]:
+        accepted: dict[bytes, int] = {}
+        while deeper:
+            places = [self._place(index, record) for index in deeper]
+            await asyncio.gather(*(self._find_holders(place) for place in places if not place.holders))
+            accepted |= await self._store(record, places)
+            deeper = [index for index in deeper if self._go_deeper(index, record)]
+        return accepted
+
+    def _key(self, index: _Index, record: Record) -> bytes:
+        return directory_key(index.kind, index.name, shard_of(record.node_id, index.level))
+
+    def _place(self, index: _Index, record: Record) -> _Place:
+        now = self._clock.monotonic()
+        if index.level and now >= index.retry_at:
+            index.level -= 1
+            index.retry_at = now + self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+        key = self._key(index, record)
+        return self._places.setdefault(key, _Place(key))
+
+    def _withdraw(self, index: _Index, record: Record) -> list[_Place]:
+        keys = [directory_key(index.kind, index.name, shard_of(record.node_id, level)) for level in range(index.level + 1)]
+        return [self._places[key] for key in keys if key in self._places]
+
+    def _go_deeper(self, index: _Index, record: Record) -> bool:
+        """Most holders of this level are full: the record goes one level down (and stays with those that took it)."""
+        place = self._places[self._key(index, record)]
+        if index.level >= MAX_LEVEL or not place.full or place.full < (place.full + len(place.holders)) / 2:
+            return False
+        index.level += 1
+        index.retry_at = self._clock.monotonic() + self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+        return True
+
+    async def _find_holders(self, place: _Place) -> list[Contact]:
+        """Walk to the key; returns who became a holder."""
+        if place.walking:
+            return []
+        place.walking = True
+        try:
+            found = (await self._walk(place.key))[: self._config.holders + self._config.spares]
+        finally:
+            place.walking = False
+        fresh = [contact for contact in found if contact.id not in place.holders]
+        if found:
+            place.holders = {contact.id: contact for contact in found}
+        place.wanted = len(place.holders)
+        place.walk_at = self._clock.monotonic() + self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+        return fresh
+
+    def _due(self, place: _Place) -> list[Contact]:
+        """The holders of this round: the nearest each time, the spares every other time."""
+        goal = int.from_bytes(place.key)
+        ordered = sorted(place.holders.values(), key=lambda contact: contact.long_id ^ goal)
+        place.rounds += 1
+        return ordered if place.rounds % 2 else ordered[: self._config.holders]
+
+    async def _store(self, record: Record, places: Iterable[_Place]) -> dict[bytes, int]:
+        """Send the record to the holders of ``places``; returns acceptances by key once it is clear enough."""
+        by_holder: dict[bytes, tuple[Contact, list[_Place]]] = {}
+        accepted: dict[bytes, int] = {}
+        for place in places:
+            place.full = 0
+            accepted[place.key] = 0
+            for contact in self._due(place):
+                by_holder.setdefault(contact.id, (contact, []))[1].append(place)
+        stores = [
+            self._tasks.start(self._store_at(record, contact, some, accepted), name="directory store")
+            for contact, theirs in by_holder.values()
+            for some in _chunks(theirs)
+        ]
+        waiting = {task for task in stores if task is not None}
+        patience_s = max((self._memory.patience_s(node_id) for node_id in by_holder), default=0.0)
+        until = self._clock.monotonic() + patience_s
+        while waiting:
+            enough = all(count >= self._config.publish_quorum for count in accepted.values())
+            left_s = until - self._clock.monotonic()
+            if enough and left_s <= 0:
+                break
+            _, waiting = await asyncio.wait(waiting, timeout=left_s if enough else None, return_when=asyncio.FIRST_COMPLETED)
+        return accepted
+
+    async def _store_at(self, record: Record, contact: Contact, places: list[_Place], accepted: dict[bytes, int]) -> None:
+        """One datagram to one holder."""
+        reply = await self._send(record, contact, [place.key for place in places])
+        verdicts, nearer = _read_store_reply(reply, len(places))
+        for place, verdict, others in zip(places, verdicts, nearer, strict=True):
+            if verdict in _GOOD:
+                accepted[place.key] += 1
+                if others > self._config.holders + self._config.spares:
+                    place.walk_at = float("-inf")
+            elif verdict is Verdict.FULL:
+                place.full += 1
+                place.holders.pop(contact.id, None)
+            elif verdict is None:
+                place.holders.pop(contact.id, None)
+
+    async def _send(self, record: Record, contact: Contact, keys: list[bytes]) -> Reply | None:
+        reply: Reply | None = None
+        for _ in range(2):
+            if self._protocol.sessions.by_node(contact.id) is None:
+                await self._protocol.request(contact.address, Op.PING, EMPTY, node_id=contact.id)
+                if self._protocol.sessions.by_node(contact.id) is None:
+                    return None
+            remaining_ms = max(0, int((record.expires - self._clock.wall()) * 1000))
+            body = msgpack.packb([keys, remaining_ms, record.signed])
+            reply = await self._protocol.request(contact.address, Op.STORE, body, node_id=contact.id)
+            if reply is not None or self._protocol.sessions.by_node(contact.id) is not None:
+                return reply
+        return reply
+
+    def _repair(self, record: Record, places: list[_Place]) -> None:
+        """Walk again, behind the refresh, for keys that lost holders or whose time has come."""
+        now = self._clock.monotonic()
+        for place in places:
+            lost = len(place.holders) < min(place.wanted, self._config.holders)
+            if (lost or now >= place.walk_at) and not place.walking:
+                self._tasks.start(self._refill(record, place), name="directory refill")
+
+    async def _refill(self, record: Record, place: _Place) -> None:
+        fresh = await self._find_holders(place)
+        current = self._record if self._record is not None and self._record.order >= record.order else record
+        await asyncio.gather(*(self._store_at(current, contact, [place], {place.key: 0}) for contact in fresh))
+
+
+def _chunks(places: list[_Place]) -> list[list[_Place]]:
+    return [places[at : at + _KEYS_PER_STORE] for at in range(0, len(places), _KEYS_PER_STORE)]
+
+
+def _read_store_reply(reply: Reply | None, count: int) -> tuple[list[Verdict | None], list[int]]:
+    """Verdicts and ranks from a holder; None for each verdict that did not come or makes no sense."""
+    nothing: tuple[list[Verdict | None], list[int]] = [None] * count, [0] * count
+    if reply is None or not reply.bodies or len(reply.bodies[0]) != 2:
+        return nothing
+    verdicts, nearer = reply.bodies[0]
+    if not isinstance(verdicts, list) or not isinstance(nearer, list) or len(verdicts) != count or len(nearer) != count:
+        return nothing
+    try:
+        return [Verdict(value) for value in verdicts], [int(value) for value in nearer]
+    except (ValueError, TypeError):
+        return nothing

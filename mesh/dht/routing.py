@@ -1,0 +1,247 @@
+"""The routing table: kademlia's buckets over 2²⁵⁶ ids, with the true k nearest, subnet limits and the best replacement.
+
+Only nodes that proved key, membership and address are added; `protocol` sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from heapq import nsmallest
+
+from kademlia.node import Node
+from kademlia.routing import KBucket, RoutingTable
+
+from mesh.dht.address import Address, encode_address, parse_address, subnet_of
+from mesh.dht.config import DirectoryConfig
+from mesh.errors import MalformedEnvelope
+
+ID_BITS = 256
+ID_BYTES = 32
+_REPLACEMENTS = 2
+
+
+class Contact(Node):  # type: ignore[misc]
+    """A node id and where it answers. ``seen`` is monotonic seconds of the last proof of life."""
+
+    id: bytes
+    long_id: int
+
+    __slots__ = ("address", "seen")
+
+    def __init__(self, node_id: bytes, address: Address, *, seen: float = 0.0) -> None:
+        super().__init__(node_id, address.host, address.port)
+        self.address = address
+        self.seen = seen
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Contact) and other.id == self.id and other.address == self.address
+
+    def __repr__(self) -> str:
+        return f"{self.id.hex()[:12]}@{self.address}"
+
+
+def distance(one: bytes, other: bytes) -> int:
+    return int.from_bytes(one) ^ int.from_bytes(other)
+
+
+def encode_contacts(contacts: list[Contact], room: int) -> bytes:
+    """As many contacts, in the order given, as fit into ``room`` bytes."""
+    out = bytearray()
+    for contact in contacts:
+        packed = contact.id + encode_address(contact.address)
+        if len(out) + len(packed) > room:
+            break
+        out += packed
+    return bytes(out)
+
+
+def parse_contacts(data: object, *, limit: int) -> list[Contact]:
+    """Contacts somebody told us of: unproven. Raises `MalformedEnvelope`."""
+    if not isinstance(data, bytes):
+        raise MalformedEnvelope("contacts must be bytes")
+    contacts: list[Contact] = []
+    at = 0
+    while at < len(data):
+        node_id = data[at : at + ID_BYTES]
+        address, at = parse_address(data, at + ID_BYTES)
+        contacts.append(Contact(node_id, address))
+        if len(contacts) > limit:
+            raise MalformedEnvelope("too many contacts")
+    return contacts
+
+
+class Bucket(KBucket):  # type: ignore[misc]
+    """Contacts of one range of ids, the longest silent first. ``range`` is inclusive at both ends."""
+
+    nodes: dict[bytes, Contact]
+    replacement_nodes: dict[bytes, Contact]
+    range: tuple[int, int]
+
+    def __init__(self, low: int, high: int, k: int) -> None:
+        super().__init__(low, high, k, replacementNodeFactor=_REPLACEMENTS)
+        self.touched = float("-inf")
+
+    def halves(self) -> tuple[Bucket, Bucket]:
+        low, high = self.range
+        middle = (low + high) // 2
+        one, two = Bucket(low, middle, self.ksize), Bucket(middle + 1, high, self.ksize)
+        one.touched = two.touched = self.touched
+        for contact in self.nodes.values():
+            (one if contact.long_id <= middle else two).nodes[contact.id] = contact
+        for contact in self.replacement_nodes.values():
+            (one if contact.long_id <= middle else two).replacement_nodes[contact.id] = contact
+        return one, two
+
+    def promote(self) -> Contact | None:
+        """Fill a gap with the replacement heard from last; returns it."""
+        if not self.replacement_nodes or len(self.nodes) >= self.ksize:
+            return None
+        newest = max(self.replacement_nodes.values(), key=lambda contact: contact.seen)
+        del self.replacement_nodes[newest.id]
+        self.nodes[newest.id] = newest
+        return newest
+
+
+class Table(RoutingTable):  # type: ignore[misc]
+    """Buckets split where our own id lies, and, as kademlia does, a little beyond (b = 5)."""
+
+    buckets: list[Bucket]
+
+    def __init__(self, node_id: bytes, config: DirectoryConfig) -> None:
+        self._config = config
+        self._subnets: dict[str, int] = {}
+        self.on_added: Callable[[Contact], None] = lambda contact: None
+        super().__init__(None, config.k, Contact(node_id, Address("0.0.0.0", 0)))
+
+    def flush(self) -> None:
+        self.buckets = [Bucket(0, (1 << ID_BITS) - 1, self.ksize)]
+        self._subnets = {}
+
+    def __len__(self) -> int:
+        return sum(len(bucket.nodes) for bucket in self.buckets)
+
+    def __iter__(self) -> Iterator[Contact]:
+        for bucket in self.buckets:
+            yield from bucket.nodes.values()
+
+    def bucket_of(self, long_id: int) -> Bucket:
+        return self.buckets[self._index(long_id)]
+
+    def _index(self, long_id: int) -> int:
+        low, high = 0, len(self.buckets) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if long_id <= self.buckets[middle].range[1]:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def get(self, node_id: bytes) -> Contact | None:
+        return self.bucket_of(int.from_bytes(node_id)).nodes.get(node_id)
+
+    def seen(self, node_id: bytes, address: Address, now: float) -> Contact | None:
+        """A proven node gave a sign of life. Returns the contact that ought to be probed to make room, if any."""
+        bucket = self.bucket_of(int.from_bytes(node_id))
+        known = bucket.nodes.get(node_id)
+        if known is not None and known.address == address:
+            known.seen = now
+            bucket.nodes.pop(node_id)
+            bucket.nodes[node_id] = known
+            return None
+        if known is not None:
+            self.remove(node_id)
+        return self._add(Contact(node_id, address, seen=now))
+
+    def _add(self, contact: Contact) -> Contact | None:
+        if contact.id == self.node.id or self._subnet_full(contact):
+            return None
+        while True:
+            index = self._index(contact.long_id)
+            bucket = self.buckets[index]
+            if bucket.add_node(contact):
+                bucket.replacement_nodes.pop(contact.id, None)
+                self._count(contact, 1)
+                self.on_added(contact)
+                return None
+            if not self._may_split(bucket):
+                oldest: Contact = bucket.head()
+                return oldest
+            bucket.replacement_nodes.pop(contact.id, None)
+            self.buckets[index : index + 1] = bucket.halves()
+            self._fill(self.buckets[index])
+            self._fill(self.buckets[index + 1])
+
+    def _may_split(self, bucket: Bucket) -> bool:
+        low, high = bucket.range
+        if low == high:
+            return False
+        depth = ID_BITS - (high - low).bit_length()
+        return low <= self.node.long_id <= high or depth % 5 != 0
+
+    def remove(self, node_id: bytes) -> None:
+        """Forget a contact; the best replacement takes its place."""
+        bucket = self.bucket_of(int.from_bytes(node_id))
+        bucket.replacement_nodes.pop(node_id, None)
+        gone = bucket.nodes.pop(node_id, None)
+        if gone is None:
+            return
+        self._count(gone, -1)
+        self._fill(bucket)
+
+    def _fill(self, bucket: Bucket) -> None:
+        while (promoted := bucket.promote()) is not None:
+            self._count(promoted, 1)
+            self.on_added(promoted)
+
+    def _subnet_full(self, contact: Contact) -> bool:
+        subnet = subnet_of(contact.address.host)
+        if subnet is None:
+            return False
+        if self._subnets.get(subnet, 0) >= self._config.subnet_limit:
+            return True
+        bucket = self.bucket_of(contact.long_id)
+        inside = sum(subnet_of(other.address.host) == subnet for other in bucket.nodes.values())
+        return inside >= self._config.subnet_bucket_limit
+
+    def _count(self, contact: Contact, change: int) -> None:
+        subnet = subnet_of(contact.address.host)
+        if subnet is not None:
+            self._subnets[subnet] = self._subnets.get(subnet, 0) + change
+            if self._subnets[subnet] <= 0:
+                del self._subnets[subnet]
+
+    def nearest(self, target: bytes, count: int, *, accept: Callable[[Contact], bool] = lambda contact: True) -> list[Contact]:
+        """The ``count`` contacts truly nearest to ``target``, nearest first.
+
+        Ranges of buckets do not overlap in XOR distance from any target, so buckets are taken in order of their smallest possible
+        distance until enough contacts are in hand.
+        """
+        goal = int.from_bytes(target)
+
+        def smallest(bucket: Bucket) -> int:
+            low, high = bucket.range
+            bits = (high - low).bit_length()
+            return ((low ^ goal) >> bits) << bits
+
+        found: list[Contact] = []
+        for bucket in sorted(self.buckets, key=smallest):
+            inside = [contact for contact in bucket.nodes.values() if accept(contact)]
+            found += nsmallest(count - len(found), inside, key=lambda contact: contact.long_id ^ goal)
+            if len(found) >= count:
+                break
+        return found
+
+    def stale_ranges(self, now: float, older_than_s: float) -> list[tuple[int, int]]:
+        """Ranges of buckets that no look-up touched for so long."""
+        return [bucket.range for bucket in self.buckets if now - bucket.touched > older_than_s]
+
+    def touch(self, target: bytes, now: float) -> None:
+        self.bucket_of(int.from_bytes(target)).touched = now
+
+    def longest_silent(self) -> Contact | None:
+        heads = [next(iter(bucket.nodes.values())) for bucket in self.buckets if bucket.nodes]
+        return min(heads, key=lambda contact: contact.seen, default=None)

@@ -1,0 +1,80 @@
+"""Is this record what it says, now? Signature, membership, time; each verdict once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from mesh.claims import CLOCK_SKEW_S, read_int
+from mesh.envelope import SIGNATURE_BYTES, parse_payload, signer_of
+from mesh.errors import Expired, MalformedEnvelope
+from mesh.membership import MembershipCache
+from mesh.records import MAX_LIFETIME_S, MAX_RECORD_BYTES, Record, parse_record
+from mesh.trust import key_id
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a record says of itself, unverified: to choose what is worth verifying, and for nothing else."""
+
+    node_id: bytes
+    order: tuple[int, int]
+    issued: float
+    expires: float
+
+
+def peek(data: bytes) -> Claim:
+    """Read the claim. Raises `MalformedEnvelope`."""
+    if len(data) > MAX_RECORD_BYTES:
+        raise MalformedEnvelope(f"{len(data)} bytes, more than the {MAX_RECORD_BYTES} allowed")
+    signer = signer_of(data)
+    payload = parse_payload(data[2 + len(signer) : -SIGNATURE_BYTES])
+    return Claim(
+        node_id=key_id(signer),
+        order=(read_int(payload, "boot"), read_int(payload, "seq")),
+        issued=read_int(payload, "iat") / 1000,
+        expires=read_int(payload, "exp") / 1000,
+    )
+
+
+class Verifier:
+    """Verifies records and remembers the last ``size`` good ones by their bytes."""
+
+    def __init__(self, members: MembershipCache, *, size: int = 4_096) -> None:
+        self.members = members
+        self._size = size
+        self._known: OrderedDict[bytes, Record] = OrderedDict()
+        self.verified = 0
+
+    def forget(self) -> None:
+        """Drop every verdict: the keyset has changed."""
+        self._known.clear()
+
+    def record(self, data: bytes, claim: Claim, *, now: float) -> Record:
+        """The verified record. Raises a `TrustError`.
+
+        Its owner's clock may be off by `CLOCK_SKEW_S` either way; how long the record counts here is `lifetime_s`, whatever
+        ``expires`` says.
+        """
+        if now >= claim.expires + CLOCK_SKEW_S:
+            raise Expired("the record has expired")
+        known = self._known.get(data)
+        if known is not None:
+            return known
+        as_of = now if now < claim.expires else now - CLOCK_SKEW_S
+        record = parse_record(data, self.members, now=as_of)
+        self.verified += 1
+        self._known[data] = record
+        if len(self._known) > self._size:
+            self._known.popitem(last=False)
+        return record
+
+
+def lifetime_s(claim: Claim, remaining_s: float, *, now: float) -> float:
+    """How much longer a record counts, on our own clock; not positive if it is over.
+
+    Lifetimes are handed on as what remains, so clocks need not agree: whoever passes a record on says how long it still has.
+    That word is bounded by the lifetime its owner signed and by its owner's expiry plus the skew allowed, so no liar can
+    stretch it further.
+    """
+    return min(remaining_s, claim.expires - claim.issued, MAX_LIFETIME_S, claim.expires + CLOCK_SKEW_S - now)

@@ -1,0 +1,252 @@
+"""The directory as the other rooms see it: publish a record, find records, keep a view.
+
+Slow truth: who is there and what they serve. Nobody waits for it on a request's path; `known` answers from memory, and what it answers is
+verified, live and the newest of each node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from mesh.clock import Clock
+from mesh.dht.config import DirectoryConfig
+from mesh.dht.keys import MAX_LEVEL, indexes, level_of, rank, shard_of, sub_shards
+from mesh.dht.node import DhtNode
+from mesh.dht.routing import Contact
+from mesh.errors import TrustError
+from mesh.identity import Identity
+from mesh.records import Record, directory_key, newest
+from mesh.trust import Role
+
+__all__ = ["Directory", "DirectoryConfig", "PeerInfo"]
+
+log = structlog.get_logger(__name__)
+
+OnChange = Callable[[Record], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerInfo:
+    """One entry of the routing table. ``seen_s`` is how long ago it last proved itself, ``rtt_s`` its usual round trip."""
+
+    node_id: bytes
+    address: str
+    seen_s: float
+    rtt_s: float
+    failing: bool
+
+
+@dataclass(slots=True, eq=False)
+class _View:
+    """What is known of one role, and who wants to hear of it."""
+
+    records: dict[bytes, Record] = field(default_factory=dict)
+    listeners: list[OnChange] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """One key read: every good record that came, unmerged, whether the key has overflowed, and who stands nearest to it."""
+
+    key: bytes
+    records: list[Record]
+    full: bool
+    nearest: list[Contact]
+
+
+class Directory:
+    """One node's access to the directory. ``serve=False`` for a node that others cannot reach: it asks and stores, and holds nothing."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        bootstraps: Sequence[str],
+        state_dir: Path | None,
+        clock: Clock,
+        rng: random.Random,
+        serve: bool = True,
+        config: DirectoryConfig = DirectoryConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        self._clock = clock
+        self._rng = rng
+        self._config = config
+        self._views: dict[Role, _View] = {}
+        self._shards: dict[tuple[str, str], dict[int, None]] = {}
+        self.node = DhtNode(identity, bootstraps=bootstraps, state_dir=state_dir, clock=clock, rng=rng, serve=serve, config=config)
+        self.node.hear(self.observe)
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Bind UDP at ``host:port`` (0: any free port), load remembered peers, begin to join. Returns the bound address.
+
+        Raises `OSError` if the address cannot be had.
+        """
+        return await self.node.start(host, port)
+
+    async def stop(self) -> None:
+        """Save the known peers and leave."""
+        await self.node.stop()
+
+    async def joined(self, *, timeout_s: float) -> bool:
+        """Wait until at least one peer has proven itself. True at once for a bootstrap node that knows of no other."""
+        return await self.node.joined(timeout_s)
+
+    async def publish(self, record: Record) -> int:
+        """Store a signed record under each of its keys; returns how many holders accepted. Never raises for network trouble.
+
+        Call it again with a fresh record every `DirectoryConfig.refresh_s`: what is not refreshed disappears.
+        """
+        keys = [directory_key(kind, name, shard_of(record.node_id, 0)) for kind, name in indexes(record)]
+        self.node.keep(record, keys)
+        try:
+            return await self.node.publisher.publish(record)
+        except OSError as error:
+            log.warning("directory.publish_failed", error=str(error))
+            return 0
+
+    async def find(self, key: bytes, *, timeout_s: float = 1.0) -> list[Record]:
+        """The live records under one key: verified, the newest of each node; ours and what others hold."""
+        return self._merge((await self._read(key, timeout_s)).records)
+
+    async def find_role(self, role: Role) -> list[Record]:
+        """All live nodes of a role."""
+        records = await self._find_index("role", str(role))
+        return [record for record in records if record.role == role]
+
+    async def find_model(self, model: str) -> list[Record]:
+        """All live workers that are ready to serve ``model``."""
+        records = await self._find_index("model", model)
+        return [record for record in records if record.serves(model)]
+
+    def known(self, role: Role) -> list[Record]:
+        """The live view of a role, kept by `watch`; asks nobody."""
+        view = self._views.get(role)
+        if view is None:
+            return []
+        now = self._clock.wall()
+        for node_id in [node_id for node_id, record in view.records.items() if not record.alive(now)]:
+            del view.records[node_id]
+        return list(view.records.values())
+
+    def watch(self, role: Role, on_change: OnChange, *, interval_s: float) -> None:
+        """Keep a view of ``role``, and call ``on_change`` with each record that is new or newer than the last of its node.
+
+        Holders tell at once of what changes; every ``interval_s`` or so everything is read again.
+        """
+        first = role not in self._views
+        view = self._views.setdefault(role, _View())
+        view.listeners.append(on_change)
+        for record in self.known(role):
+            on_change(record)
+        if first:
+            self.node.tasks.start(self._sweep(role, interval_s), name=f"directory sweep {role}")
+
+    def observe(self, record: Record) -> None:
+        """A verified record from elsewhere (a link, a push) enters the view."""
+        view = self._views.get(record.role)
+        if view is None or not record.alive(self._clock.wall()):
+            return
+        known = view.records.get(record.node_id)
+        if known is not None and known.order >= record.order:
+            if known.order == record.order and record.expires > known.expires:
+                view.records[record.node_id] = record
+            return
+        view.records[record.node_id] = record
+        for listener in view.listeners:
+            try:
+                listener(record)
+            except Exception:
+                log.exception("directory.listener_failed", role=str(record.role))
+
+    def peers(self) -> list[PeerInfo]:
+        """The routing table."""
+        now, memory = self._clock.monotonic(), self.node.memory
+        return [
+            PeerInfo(
+                node_id=contact.id,
+                address=str(contact.address),
+                seen_s=now - contact.seen,
+                rtt_s=memory.rtt_s(contact.id),
+                failing=memory.failing(contact.id),
+            )
+            for contact in self.node.table
+        ]
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the start, and sizes now."""
+        return dict(self.node.counts.values) | {
+            "table_size": len(self.node.table),
+            "records_held": len(self.node.store),
+            "sessions": len(self.node.sessions),
+            "clock_offset_s": self.node.time.offset_s,
+            "records_verified": self.node.verifier.verified,
+        }
+
+    # reading
+
+    async def _find_index(self, kind: str, name: str) -> list[Record]:
+        return self._merge(record for read in await self._read_index(kind, name) for record in read.records)
+
+    async def _read_index(self, kind: str, name: str) -> list[_Read]:
+        """Read a key and, where it has overflowed, its sub-keys: those known from the last time at once, new ones as they show."""
+        index = (kind, name)
+        deadline = self._clock.monotonic() + self._config.lookup_timeout_s
+        reads: dict[int, _Read] = {}
+        wave = [0, *self._shards.get(index, {})]
+        while wave and (left_s := deadline - self._clock.monotonic()) > 0:
+            done = await asyncio.gather(*(self._read(directory_key(kind, name, shard), left_s) for shard in wave))
+            reads |= zip(wave, done, strict=True)
+            wave = [shard for shard in _under(reads) if shard not in reads]
+        self._shards[index] = dict.fromkeys(_under(reads))
+        return list(reads.values())
+
+    async def _read(self, key: bytes, timeout_s: float) -> _Read:
+        """What the network and we ourselves hold under a key."""
+        found: dict[bytes, Record] = {}
+
+        def accept(data: bytes, remaining_s: float, source: bytes) -> bytes | None:
+            try:
+                record = self.node.check(data, remaining_s)
+            except TrustError as error:
+                self.node.counts.refuse(f"found_{error.code}", source.hex()[:12], now=self._clock.monotonic())
+                return None
+            known = found.get(data)
+            if known is None or record.expires > known.expires:
+                found[data] = record
+            return rank(record.node_id)
+
+        outcome = await self.node.crawl(key, accept=accept, timeout_s=timeout_s)
+        self.node.counts.add("lookup_ms", round(outcome.elapsed_s * 1000))
+        now = self._clock.monotonic()
+        own = [self.node.local(held) for held in self.node.store.live(key, now)]
+        full = outcome.full or self.node.store.is_full(key, now)
+        return _Read(key=key, records=[*found.values(), *own], full=full, nearest=outcome.nearest)
+
+    def _merge(self, records: Iterable[Record]) -> list[Record]:
+        return list(newest(records, now=self._clock.wall()).values())
+
+    async def _sweep(self, role: Role, interval_s: float) -> None:
+        while True:
+            try:
+                reads = await self._read_index("role", str(role))
+                for record in self._merge(record for read in reads for record in read.records):
+                    self.observe(record)
+                self.known(role)
+                await self.node.watch({read.key: read.nearest for read in reads})
+            except OSError as error:
+                log.warning("directory.sweep_failed", role=str(role), error=str(error))
+            empty = not self._views[role].records
+            pause_s = min(interval_s, 0.5) if empty else interval_s
+            await self._clock.sleep(pause_s * self._rng.uniform(0.75, 1.0))
+
+
+def _under(reads: dict[int, _Read]) -> list[int]:
+    """The sub-shards of whatever has overflowed."""
+    full = [shard for shard, read in reads.items() if read.full and level_of(shard) < MAX_LEVEL]
+    return [shard for parent in full for shard in sub_shards(parent)]
