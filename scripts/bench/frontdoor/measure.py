@@ -1,0 +1,170 @@
+"""One measurement at a time: the generator runs, and the CPU of everybody else is read around its window."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench import processes
+from bench.frontdoor.target import Target
+
+GAP_LIMIT_MS = 30.0
+TOKENS_PER_S = 50
+DELIVERED_AT_LEAST = 0.98
+FOREIGN_LIMIT = 0.05
+TRIALS = 3
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """The bench's fixed parts: the stand-in, the generator's binary, who has which core, how long a window lasts."""
+
+    load: str
+    engine_pid: int
+    engine_port: int
+    proxy_cores: tuple[int, ...]
+    other_cores: tuple[int, ...]
+    window_s: float
+    warm_s: float
+
+
+def engine_stats(lab: Lab) -> Json:
+    """The stand-in's own counts."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{lab.engine_port}/stats", timeout=10) as answer:
+        stats: Json = json.load(answer)
+    return stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    at_s: float
+    proxy_s: float
+    worker_s: float
+    engine_s: float
+    busy_s: dict[int, float]
+
+
+def _sample(lab: Lab, proxy: Sequence[int], worker: Sequence[int]) -> _Sample:
+    return _Sample(
+        at_s=time.monotonic(),
+        proxy_s=processes.cpu_s(proxy),
+        worker_s=processes.cpu_s(worker),
+        engine_s=processes.cpu_s([lab.engine_pid]),
+        busy_s=processes.core_busy_s(),
+    )
+
+
+def _once(lab: Lab, target: Target, arguments: Sequence[str]) -> Json:
+    """Run the generator once. Its JSON, with the share of a core that each party used in its window and what one event cost.
+
+    CPU is divided by its own interval and events by theirs, so that a late reading does not count."""
+    cores = set(lab.other_cores)
+    argv = [lab.load, *arguments, "--port", str(target.port), *(("--auth", target.auth) if target.auth else ())]
+    proxy, worker = target.proxy_pids(), target.worker_pids()
+    before = after = None
+    result: Json = {}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores)) as generator:
+        assert generator.stdout is not None
+        for line in generator.stdout:
+            if line.startswith("begin"):
+                before = _sample(lab, proxy, worker)
+            elif line.startswith("end"):
+                after = _sample(lab, proxy, worker)
+            else:
+                result = json.loads(line)
+    if before is None or after is None or not result:
+        raise RuntimeError(f"the generator did not finish: {' '.join(argv[:2])}")
+    took_s = after.at_s - before.at_s
+    share = {
+        "proxy": (after.proxy_s - before.proxy_s) / took_s,
+        "worker": (after.worker_s - before.worker_s) / took_s,
+        "engine": (after.engine_s - before.engine_s) / took_s,
+        "generator": result["cpu_share"],
+    }
+    per_s = result["tokens_per_s"] if "streams" in arguments else result["requests_per_s"]
+    busy = {core: (after.busy_s[core] - before.busy_s[core]) / took_s for core in after.busy_s}
+    sides = (((lab.proxy_cores, ("proxy",)),) if proxy else ()) + ((lab.other_cores, ("worker", "engine", "generator")),)
+    foreign = [sum(busy[core] for core in cores) - sum(share[name] for name in names) for cores, names in sides]
+    result["core_share"] = {name: round(value, 4) for name, value in share.items()}
+    result["core_busy"] = {str(core): round(value, 4) for core, value in busy.items()}
+    result["foreign_share"] = round(max(0.0, *foreign), 4)
+    result["us_each"] = {name: round(value / per_s * 1e6, 3) for name, value in share.items()} if per_s else {}
+    result["rss_bytes"] = processes.rss_bytes(target.proxy_pids())
+    return result
+
+
+def run(lab: Lab, target: Target, arguments: Sequence[str]) -> Json:
+    """Measure; again, at most TRIALS times, while something that is not ours used the cores. The quietest counts."""
+    best: Json | None = None
+    for _ in range(TRIALS):
+        result = _once(lab, target, arguments)
+        if best is None or result["foreign_share"] < best["foreign_share"]:
+            best = result
+        if best["foreign_share"] <= FOREIGN_LIMIT:
+            break
+    assert best is not None
+    return best
+
+
+def plain(lab: Lab, target: Target, concurrency: int) -> Json:
+    """Plain requests in a closed loop."""
+    return run(lab, target, ["plain", "-c", str(concurrency), "-t", str(lab.window_s), "--warm", str(lab.warm_s)])
+
+
+def streams(lab: Lab, target: Target, count: int, sample: float = 1.0, probes: int = 0) -> Json:
+    """Streams kept open, a token each 20 ms."""
+    options = ["-s", str(count), "-t", str(lab.window_s), "--warm", str(lab.warm_s), "--sample", str(sample)]
+    return run(lab, target, ["streams", *options, "--ramp", "20", "--probes", str(probes)])
+
+
+def holds(result: Json, count: int) -> bool:
+    """Whether that many streams flowed as they should."""
+    gap_ms = result["gap"].get("p99_us", 1e9) / 1e3
+    whole = result["tokens_per_s"] >= DELIVERED_AT_LEAST * TOKENS_PER_S * count
+    return bool(gap_ms < GAP_LIMIT_MS and whole and not result["errors"] and result["streams"] >= count)
+
+
+def most_streams(lab: Lab, target: Target, guess: int, trials: int = 7, ceiling: int = 6000) -> Json:
+    """The most streams held with a gap p99 under the limit: up and down by 15%, then one halving. A bracket search: the truth lies
+    between `held` and `not_held`."""
+    tried: dict[int, Json] = {}
+    held, lost = 0, ceiling + 1
+    count = max(20, min(guess, ceiling))
+    for _ in range(trials):
+        result = streams(lab, target, count, sample=min(1.0, max(0.2, 200 / count)))
+        tried[count] = {
+            "gap_p99_ms": result["gap"].get("p99_us", 0) / 1e3,
+            "tokens_per_s": result["tokens_per_s"],
+            "core_share": result["core_share"],
+            "core_busy": result["core_busy"],
+            "errors": result["errors"],
+            "held": holds(result, count),
+        }
+        if tried[count]["held"]:
+            held = max(held, count)
+        else:
+            lost = min(lost, count)
+        if held and lost <= ceiling and lost - held <= 0.06 * held:
+            break
+        if held and lost > ceiling:
+            following = min(int(held * 1.15) + 1, ceiling)
+        elif not held:
+            following = int(lost * 0.85)
+        else:
+            following = (held + lost) // 2
+        if following in tried or following < 10:
+            break
+        count = following
+    return {
+        "held": held,
+        "not_held": lost if lost <= ceiling else None,
+        "tried": {str(key): tried[key] for key in sorted(tried)},
+    }
