@@ -22,6 +22,7 @@ import pytest
 
 from mesh.errors import EngineError
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode
+from tests.support.processes import gone
 from worker.engine import EngineKind, EngineSpec, Readiness, Stage, Supervisor, Task, Timing, make_engine
 from worker.engine.child import reserve_port
 
@@ -85,22 +86,6 @@ async def supervised(spec: EngineSpec, state_dir: Path, timing: Timing = HASTY) 
             yield supervisor, watch
         finally:
             await supervisor.stop()
-
-
-async def gone(pid: int) -> None:
-    """Return when the process is gone; the kernel tells."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_reader(handle, ended.set)
-    try:
-        async with asyncio.timeout(20):
-            await ended.wait()
-    finally:
-        asyncio.get_running_loop().remove_reader(handle)
-        os.close(handle)
 
 
 async def ask(supervisor: Supervisor, method: str, path: str, body: object = None) -> dict[str, object]:

@@ -61,7 +61,8 @@ class EngineSpec:
 
     `source` is a model source as `worker.models` reads it (external: the engine's own name for the model, None for
     every model it lists). `served_name` is what the mesh calls the model. `tasks` None means: try them all and keep
-    what works. `context_tokens` is per request, `parallel` how many requests the embedded engine computes at once.
+    what works. `context_tokens` is per request. The embedded engine computes `parallel` requests at once on `threads`
+    processors (None: half of them) and holds up to `max_connections`, the rest waiting.
     """
 
     kind: EngineKind
@@ -128,6 +129,12 @@ class Engine(Protocol):
 
     @property
     def metrics_path(self) -> str | None: ...
+
+    @property
+    def keeps_connections(self) -> bool:
+        """Whether a connection can be used again after an answer. False: open one for each request, since the server
+        closes them without saying so, and a request sent into the closing is lost."""
+        ...
 
     @property
     def needs_fetch(self) -> bool:

@@ -68,6 +68,12 @@ class ExternalEngine:
         return "/metrics"
 
     @property
+    def keeps_connections(self) -> bool:
+        """A plain one may be anything, llama.cpp's server among them; behind TLS there is a front that knows HTTP, and
+        connecting costs round trips."""
+        return (self.spec.url or "").startswith("https:")
+
+    @property
     def needs_fetch(self) -> bool:
         return False
 

@@ -48,8 +48,7 @@ def build_params(options: dict[str, Any], key: str) -> xllamacpp.CommonParams:
     params.endpoint_slots = False
     params.ui = False
     params.verbosity = WARNINGS
-    if options["threads"]:
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
     if options["embeddings"]:
         params.embedding = True
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN

@@ -110,7 +110,7 @@ async def session(engine: Engine) -> AsyncIterator[aiohttp.ClientSession]:
         headers=dict(engine.headers),
         timeout=aiohttp.ClientTimeout(total=None),
         cookie_jar=aiohttp.DummyCookieJar(),
-        connector=aiohttp.TCPConnector(limit=4),
+        connector=aiohttp.TCPConnector(limit=4, force_close=not engine.keeps_connections),
     ) as client:
         yield client
 

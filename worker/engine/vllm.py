@@ -89,6 +89,10 @@ class VllmEngine:
         return "/metrics"
 
     @property
+    def keeps_connections(self) -> bool:
+        return True
+
+    @property
     def needs_fetch(self) -> bool:
         return needs_fetch(self.spec.source or "")
 
