@@ -14,13 +14,20 @@ from bootstrap.server import EnrolServer
 from mesh import __version__, runtime
 from mesh.authority import Admission, load_admission, open_mesh
 from mesh.clock import Clock, SystemClock
+from mesh.directory import Directory
 from mesh.enrol import RENEW_AT, RENEW_JITTER, known_bootstraps, open_identity
 from mesh.errors import ConfigError
 from mesh.identity import Identity, IdentityStore
+from mesh.node import About, Announcer
+from mesh.records import Capability, State
 from mesh.trust import Role
 
 log = structlog.get_logger(__name__)
 
+RECORD_TTL_S = 20.0
+WATCH_S = 10.0
+"""How often the other bootstrap nodes are looked up: newcomers are told of them."""
+MAX_BOOTSTRAPS = 16
 PORT_ATTEMPTS = 20
 """With port 0: how often to look for a number that is free for both TCP and UDP."""
 
@@ -29,28 +36,42 @@ async def run(config: BootstrapConfig, stop: asyncio.Event) -> int:
     """Run until ``stop``. Raises `ConfigError`, `EnrolError` or a `TrustError` where it cannot start."""
     clock, rng = SystemClock(), random.Random()
     admission = await open_admission(config, clock, rng)
-    identity = await admit_itself(admission, IdentityStore(config.state_dir), clock)
+    store = IdentityStore(config.state_dir)
+    identity = await admit_itself(admission, store, clock)
     ledger = Ledger(config.state_dir / "tokens.db")
-    addresses: list[str] = []
-    desk = Desk(
-        admission=admission,
-        trust=identity.trust,
-        ledger=ledger,
+    directory = Directory(identity, bootstraps=known_bootstraps(config), state_dir=config.state_dir, clock=clock, rng=rng)
+    announcer = Announcer(
+        identity,
+        directory,
+        about=lambda: About(state=State.READY, capability=Capability(region=config.region)),
+        record_ttl_s=RECORD_TTL_S,
+        version=__version__,
         clock=clock,
-        known_bootstraps=lambda: tuple(dict.fromkeys((*addresses, *known_bootstraps(config)))),
+        rng=rng,
     )
+
+    def bootstraps() -> tuple[str, ...]:
+        """This node first, then those that are up now, then those that were known; a newcomer remembers them all."""
+        up = (address for record in directory.known(Role.BOOTSTRAP) for address in record.addresses[:2])
+        return tuple(dict.fromkeys((*announcer.addresses, *up, *known_bootstraps(config))))[:MAX_BOOTSTRAPS]
+
+    desk = Desk(admission=admission, trust=identity.trust, ledger=ledger, clock=clock, known_bootstraps=bootstraps)
     server = EnrolServer(desk, identity, config.state_dir, clock)
     try:
-        port = await listen(config, server)
-        addresses.extend(config.addresses(port))
+        port = await listen(config, server, directory)
+        announcer.addresses = config.addresses(port)
+        announcer.start()
+        directory.watch(Role.BOOTSTRAP, lambda _record: None, interval_s=WATCH_S)
         async with asyncio.TaskGroup() as tasks:
-            renewal = tasks.create_task(keep_admitted(identity, admission, IdentityStore(config.state_dir), clock, rng))
-            runtime.announce(config, node_id=identity.node_id, addresses=tuple(addresses))
-            log.info("bootstrap.ready", addresses=addresses, id=identity.node_id.hex()[:16], version=__version__)
+            renewal = tasks.create_task(keep_admitted(identity, admission, store, clock, rng))
+            runtime.announce(config, node_id=identity.node_id, addresses=announcer.addresses)
+            log.info("bootstrap.ready", addresses=announcer.addresses, id=identity.node_id.hex()[:12], version=__version__)
             await stop.wait()
             renewal.cancel()
     finally:
         await server.stop()
+        await announcer.stop()
+        await directory.stop()
         ledger.close()
     return 0
 
@@ -97,9 +118,17 @@ async def keep_admitted(identity: Identity, admission: Admission, store: Identit
         log.info("node.renewed", until=int(identity.membership.expires))
 
 
-async def listen(config: BootstrapConfig, server: EnrolServer) -> int:
-    """Open the port. Raises `ConfigError` if it is taken."""
-    try:
-        return await server.start(config.host, config.port)
-    except OSError as error:
-        raise ConfigError(f"--port: cannot listen on {config.host}:{config.port} ({error.strerror or error})") from None
+async def listen(config: BootstrapConfig, server: EnrolServer, directory: Directory) -> int:
+    """Open one port number for both TCP and UDP; returns it. Raises `ConfigError` if it is taken."""
+    for attempt in range(PORT_ATTEMPTS):
+        try:
+            port = await server.start(config.host, config.port)
+            await directory.start(config.host, port)
+            return port
+        except OSError as error:
+            await server.stop()
+            if config.port or attempt == PORT_ATTEMPTS - 1:
+                raise ConfigError(
+                    f"--port: cannot listen on {config.host}:{config.port} for TCP and UDP ({error.strerror or error})"
+                ) from None
+    raise AssertionError("unreachable")
