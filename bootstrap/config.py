@@ -17,4 +17,8 @@ class BootstrapConfig(NodeConfig):
     role: ClassVar[Role] = Role.BOOTSTRAP
 
     port: int = setting(7600, metavar="PORT", help="TCP port of enrolment, and UDP port of the directory; 0 takes a free pair.")
-    dht_port: int = setting(0, metavar="PORT", help="UDP port of the directory; 0 means the same as --port.")
+    dht_port: int = setting(0, metavar="PORT", help="UDP port of the directory: always the same as --port.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.dht_port in (0, self.port), "dht_port", "a bootstrap node has one port number, for TCP and UDP")

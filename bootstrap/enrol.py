@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from bootstrap.ledger import Ledger
+from bootstrap.ledger import Ledger, check_uses
 from mesh.authority import Admission, encode_admission
 from mesh.clock import Clock
 from mesh.errors import InvalidRequest, RateLimited, TrustError
@@ -24,17 +24,21 @@ ATTEMPTS_BURST = 100.0
 ATTEMPTS_PER_S = 5.0
 """Enrolments from one address: enough for a rack behind one NAT that starts at once, too few to search for a token."""
 ADDRESSES_KEPT = 10_000
+MAX_TOLD = 2_000
+"""Nodes of one token told to another bootstrap node: the uses of a token for more than so many nodes are counted at each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desk:
-    """Admits nodes. ``known_bootstraps`` is asked at each answer, as they come and go."""
+    """Admits nodes. ``known_bootstraps`` is asked at each answer, as they come and go; ``tell_others`` says to the other bootstrap
+    nodes that a node uses a token and returns the nodes they know to use it."""
 
     admission: Admission
     trust: Trust
     ledger: Ledger
     clock: Clock
     known_bootstraps: Callable[[], tuple[str, ...]]
+    tell_others: Callable[[bytes, bytes], Awaitable[set[bytes]]]
 
     def about(self) -> dict[str, Any]:
         """What anybody may know of this mesh: enough to check everything else."""
@@ -47,21 +51,37 @@ class Desk:
     async def enrol(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Admit a newcomer for its join token. Raises `InvalidRequest`, a `TrustError` or `TokenSpent`."""
         now = self.clock.wall()
-        invite = verify_invite(_read_hex(body, "token"), self.trust, now=now)
+        signed = _read_hex(body, "token")
+        invite = verify_invite(signed, self.trust, now=now)
         if body.get("role") != str(invite.role):
             raise TrustError(f"this join token admits a {invite.role} and nothing else")
         public_key = parse_request(_read_text(body, "request").encode())
         node_id = key_id(raw_public_key(public_key))
-        left = await self.ledger.spend(invite, node_id, now=now)
-        log.info("enrol.admitted", role=str(invite.role), id=node_id.hex()[:16], token=invite.id.hex()[:8], uses_left=left)
+        nodes = await self.ledger.spend(invite, node_id, now=now)
+        elsewhere = await self.tell_others(signed, node_id)
+        if not elsewhere <= nodes:
+            nodes = await self.ledger.note(invite, elsewhere, now=now)
+            check_uses(invite, nodes)
+        left = invite.uses - len(nodes)
+        log.info("enrol.admitted", role=str(invite.role), id=node_id.hex()[:12], token=invite.id.hex()[:8], uses_left=left)
         return self._answer(self.admission.admit(public_key, invite.role, now=now), invite.role)
+
+    async def spent(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Another bootstrap node has admitted a node for a token: note it, and say who else has used it."""
+        now = self.clock.wall()
+        invite = verify_invite(_read_hex(body, "token"), self.trust, now=now)
+        node_id = _read_hex(body, "node")
+        if len(node_id) != 32:
+            raise InvalidRequest("'node' must be a node id", param="node")
+        nodes = await self.ledger.note(invite, (node_id,), now=now)
+        return {"nodes": sorted(node.hex() for node in nodes)[:MAX_TOLD]}
 
     def renew(self, peer: Peer, body: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh credentials, same key, same role, for a node that TLS has proved to be ``peer``."""
         public_key = parse_request(_read_text(body, "request").encode())
         if key_id(raw_public_key(public_key)) != peer.node_id:
             raise TrustError("a renewal keeps the node's key: the signing request was made with another")
-        log.info("enrol.renewed", role=str(peer.role), id=peer.node_id.hex()[:16])
+        log.info("enrol.renewed", role=str(peer.role), id=peer.node_id.hex()[:12])
         return self._answer(self.admission.admit(public_key, peer.role, now=self.clock.wall()), peer.role)
 
     def _answer(self, credentials: Credentials, role: Role) -> dict[str, Any]:

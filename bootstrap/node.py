@@ -10,6 +10,7 @@ import structlog
 from bootstrap.config import BootstrapConfig
 from bootstrap.enrol import Desk
 from bootstrap.ledger import Ledger
+from bootstrap.others import Others
 from bootstrap.server import EnrolServer
 from mesh import __version__, runtime
 from mesh.authority import Admission, load_admission, open_mesh
@@ -55,7 +56,19 @@ async def run(config: BootstrapConfig, stop: asyncio.Event) -> int:
         up = (address for record in directory.known(Role.BOOTSTRAP) for address in record.addresses[:2])
         return tuple(dict.fromkeys((*announcer.addresses, *up, *known_bootstraps(config))))[:MAX_BOOTSTRAPS]
 
-    desk = Desk(admission=admission, trust=identity.trust, ledger=ledger, clock=clock, known_bootstraps=bootstraps)
+    def others() -> tuple[str, ...]:
+        """One address of each other bootstrap node that is up."""
+        up = directory.known(Role.BOOTSTRAP)
+        return tuple(record.addresses[0] for record in up if record.addresses and record.node_id != identity.node_id)
+
+    desk = Desk(
+        admission=admission,
+        trust=identity.trust,
+        ledger=ledger,
+        clock=clock,
+        known_bootstraps=bootstraps,
+        tell_others=Others(identity, config.state_dir, others).tell,
+    )
     server = EnrolServer(desk, identity, config.state_dir, clock)
     try:
         port = await listen(config, server, directory)

@@ -19,7 +19,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from bootstrap.enrol import AttemptLimit, Desk
 from mesh.clock import Clock
-from mesh.enrol import ENROL_PATH, MESH_PATH, RENEW_PATH
+from mesh.enrol import ENROL_PATH, MESH_PATH, RENEW_PATH, SPENT_PATH
 from mesh.errors import (
     BodyTooLarge,
     CapacityError,
@@ -31,6 +31,7 @@ from mesh.errors import (
     RateLimited,
     RouteNotFound,
     TrustError,
+    UnknownSigner,
     UpstreamTimeout,
 )
 from mesh.identity import Identity, Peer, peer_of, private_key_pem, require_role, write_private
@@ -72,7 +73,9 @@ class EnrolServer:
             MESH_PATH: ("GET", self._about),
             ENROL_PATH: ("POST", self._enrol),
             RENEW_PATH: ("POST", self._renew),
+            SPENT_PATH: ("POST", self._spent),
         }
+        self._context = self._make_context()
         self._front: _Front | None = None
         self._server: asyncio.Server | None = None
 
@@ -80,7 +83,7 @@ class EnrolServer:
         """Listen; returns the port. Raises `OSError`."""
         self._front = _Front(self._answer, access_log=None, lingering_time=0.0, keepalive_timeout=1.0)
         self._server = await asyncio.get_running_loop().create_server(
-            self._front, host, port, ssl=self._context(), ssl_handshake_timeout=HANDSHAKE_S, backlog=256
+            self._front, host, port, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S, backlog=256
         )
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -88,8 +91,9 @@ class EnrolServer:
         if self._server is not None and self._front is not None:
             self._server.close()
             await self._front.shutdown(2.0)
+        self._server = None
 
-    def _context(self) -> ssl.SSLContext:
+    def _make_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_OPTIONAL
@@ -145,11 +149,16 @@ class EnrolServer:
         peer = self._peer(request)
         return self._desk.renew(peer, await _read_json(request))
 
+    async def _spent(self, request: web.BaseRequest) -> dict[str, Any]:
+        if (role := self._peer(request).role) != Role.BOOTSTRAP:
+            raise UnknownSigner(f"only bootstrap nodes tell each other of spent tokens, and this is a {role}")
+        return await self._desk.spent(await _read_json(request))
+
     def _peer(self, request: web.BaseRequest) -> Peer:
         tls = request.transport.get_extra_info("ssl_object") if request.transport is not None else None
         certificate = tls.getpeercert(binary_form=True) if tls is not None else None
         if not certificate:
-            raise InvalidKey("a renewal needs the node's present certificate (mutual TLS)")
+            raise InvalidKey("this needs the node's present certificate (mutual TLS)")
         return peer_of(certificate, self._identity.mesh_id)
 
 

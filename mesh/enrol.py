@@ -12,16 +12,14 @@ A node starts with a join token and nothing else. The token names the mesh by th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import os
 import random
-import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import structlog
 import tenacity
 from cryptography import x509
@@ -33,14 +31,13 @@ from mesh.authority import Admission, parse_admission
 from mesh.clock import Clock
 from mesh.config import NodeConfig
 from mesh.errors import ConfigError, EnrolError, EnrolRefused, Expired, MalformedEnvelope, MeshError, TrustError, UsageError, WrongMesh
+from mesh.https import bootstrap_context, call, member_context, unverified_context
 from mesh.identity import (
     Credentials,
     Identity,
     IdentityStore,
     make_request,
     parse_credentials,
-    private_key_pem,
-    require_role,
     root_key_of,
     write_private,
 )
@@ -52,8 +49,8 @@ log = structlog.get_logger(__name__)
 MESH_PATH = "/v1/mesh"
 ENROL_PATH = "/v1/enrol"
 RENEW_PATH = "/v1/renew"
-MAX_ANSWER_BYTES = 256 * 1024
-CALL_DEADLINE_S = 15.0
+SPENT_PATH = "/v1/spent"
+"""Among bootstrap nodes only: which nodes a join token has admitted."""
 ENROL_FOR_S = 60.0
 """A newcomer keeps trying this long: its bootstrap node may still be starting."""
 RENEW_AT = 0.5
@@ -61,6 +58,7 @@ RENEW_JITTER = 0.1
 """Of the certificate's life: renewals of nodes started together drift apart."""
 RENEW_RETRY_S = (5.0, 300.0)
 """First and longest pause between attempts to renew."""
+MAX_BOOTSTRAPS = 64
 _PEERS_FILE = "bootstraps.json"
 
 
@@ -123,8 +121,8 @@ async def enrol(token: JoinToken, key: Ed25519PrivateKey, bootstraps: tuple[str,
 
     async def attempt(address: str) -> Admitted:
         root = await _fetch_root(address, token.mesh_id)
-        context = client_context(root, token.mesh_id)
-        admitted = _parse_admitted(await _call("POST", address, ENROL_PATH, context, request))
+        context = bootstrap_context(root, token.mesh_id)
+        admitted = _parse_admitted(await call("POST", address, ENROL_PATH, context, request))
         Identity(key, admitted.credentials, mesh_id=token.mesh_id, now=clock.wall())  # raises where it does not hold
         return admitted
 
@@ -153,9 +151,8 @@ async def renew(identity: Identity, directory: Path, bootstraps: tuple[str, ...]
     request = {"request": make_request(identity.key).decode()}
 
     async def attempt(address: str) -> Admitted:
-        context = client_context(identity.credentials.root_certificate, identity.mesh_id)
-        await asyncio.to_thread(_present, context, identity, directory)
-        admitted = _parse_admitted(await _call("POST", address, RENEW_PATH, context, request))
+        context = await asyncio.to_thread(member_context, identity, directory)
+        admitted = _parse_admitted(await call("POST", address, RENEW_PATH, context, request))
         identity.renew(admitted.credentials, now=clock.wall())
         return admitted
 
@@ -165,16 +162,6 @@ async def renew(identity: Identity, directory: Path, bootstraps: tuple[str, ...]
         return clock.wall() >= expires
 
     return await _any_bootstrap(attempt, bootstraps, clock=clock, rng=rng, stop=over, pauses_s=RENEW_RETRY_S, refusals=False)
-
-
-def client_context(root_certificate: bytes, mesh_id: bytes) -> ssl.SSLContext:
-    """For HTTPS to a bootstrap node: the handshake fails unless the peer is one, of this mesh."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # a node is its key, not its address: `require_role` checks whose key
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=root_certificate.decode("ascii"))
-    return require_role(context, mesh_id, {Role.BOOTSTRAP})
 
 
 def remember_bootstraps(directory: Path, addresses: Iterable[str]) -> None:
@@ -221,10 +208,7 @@ def _check_role(identity: Identity, role: Role, store: IdentityStore) -> None:
 
 async def _fetch_root(address: str, mesh_id: bytes) -> bytes:
     """The mesh's root certificate from someone not yet trusted: only its hash makes it good."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    answer = await _call("GET", address, MESH_PATH, context)
+    answer = await call("GET", address, MESH_PATH, unverified_context())
     root = answer.get("root_certificate")
     if not isinstance(root, str) or not root.isascii():
         raise MalformedEnvelope("the answer holds no root certificate")
@@ -234,83 +218,32 @@ async def _fetch_root(address: str, mesh_id: bytes) -> bytes:
     return x509.load_pem_x509_certificate(root.encode()).public_bytes(Encoding.PEM)
 
 
-async def _call(method: str, address: str, path: str, context: ssl.SSLContext, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """One HTTPS exchange of JSON, bounded in time and size. Raises `EnrolError`, or `EnrolRefused` for a considered no."""
-    where = parse_address(address)
-    timeout = aiohttp.ClientTimeout(total=CALL_DEADLINE_S, sock_connect=5.0)
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
-            session.request(method, f"https://{where}{path}", ssl=context, json=body, allow_redirects=False) as response,
-        ):
-            data = await _read_capped(response)
-            status = response.status
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-        raise EnrolError(_describe(error)) from None
-    try:
-        answer = json.loads(data)
-    except (ValueError, RecursionError):
-        raise EnrolError(f"it answered {status} with something that is not JSON") from None
-    if not isinstance(answer, dict):
-        raise EnrolError(f"it answered {status} with JSON of the wrong shape")
-    if status == 200:
-        return answer
-    error_body = answer.get("error")
-    reason = error_body.get("message") if isinstance(error_body, dict) else None
-    kind = EnrolRefused if 400 <= status < 500 and status not in (408, 429) else EnrolError
-    raise kind(str(reason)[:300] if reason else f"it answered {status}")
-
-
-async def _read_capped(response: aiohttp.ClientResponse) -> bytes:
-    data = bytearray()
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > MAX_ANSWER_BYTES:
-            raise ValueError("its answer is too large")
-    return bytes(data)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {CALL_DEADLINE_S:g} s"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        number = error.os_error.errno
-        return f"cannot connect ({os.strerror(number).lower() if number else error.os_error})"
-    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
-        return "it closed the connection (is this node's certificate still good?)"
-    return str(error) or type(error).__name__
-
-
 def _parse_admitted(answer: Mapping[str, Any]) -> Admitted:
     bootstraps = answer.get("bootstraps", [])
     admission = answer.get("admission")
-    if not isinstance(bootstraps, list) or len(bootstraps) > 64:
+    if not isinstance(bootstraps, list):
         raise MalformedEnvelope("the answer of the bootstrap node has the wrong shape")
-    try:
-        known = tuple(str(parse_address(text)) for text in bootstraps if isinstance(text, str))
-    except UsageError as error:
-        raise MalformedEnvelope(f"the bootstrap node named a bad address: {error.message}") from None
     return Admitted(
         credentials=parse_credentials(answer.get("credentials")),
-        bootstraps=known,
+        bootstraps=tuple(_addresses(bootstraps)),
         admission=None if admission is None else parse_admission(admission),
     )
 
 
-def _present(context: ssl.SSLContext, identity: Identity, directory: Path) -> None:
-    """Load the node's certificate into ``context``; Python's ``ssl`` reads key and chain from a file only."""
-    path = directory / "renew.pem"
-    write_private(path, private_key_pem(identity.key) + identity.credentials.certificate_chain)
-    context.load_cert_chain(path)
+def _addresses(texts: list[Any]) -> Iterator[str]:
+    """Those that are addresses; nodes that named something else have only made themselves unfindable."""
+    for text in texts[:MAX_BOOTSTRAPS]:
+        with contextlib.suppress(UsageError):
+            yield str(parse_address(str(text)))
 
 
 async def _any_bootstrap(
-    attempt: Any,
+    attempt: Callable[[str], Awaitable[Admitted]],
     bootstraps: tuple[str, ...],
     *,
     clock: Clock,
     rng: random.Random,
-    stop: Any,
+    stop: Callable[[tenacity.RetryCallState], bool],
     pauses_s: tuple[float, float],
     refusals: bool = True,
 ) -> Admitted:
@@ -323,7 +256,7 @@ async def _any_bootstrap(
         problems.clear()
         for address in rng.sample(bootstraps, len(bootstraps)):
             try:
-                answer: Admitted = await attempt(address)
+                answer = await attempt(address)
             except (EnrolError, TrustError) as error:
                 problems[address] = error
                 log.warning("enrol.attempt_failed", bootstrap=address, reason=error.message)
@@ -345,6 +278,6 @@ async def _any_bootstrap(
     return result
 
 
-def _stop_after(clock: Clock, within_s: float) -> Any:
+def _stop_after(clock: Clock, within_s: float) -> Callable[[tenacity.RetryCallState], bool]:
     end = clock.monotonic() + within_s
     return lambda _state: clock.monotonic() >= end

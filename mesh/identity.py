@@ -270,8 +270,8 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
 
 def write_private(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file only its owner can read (0600), whole or not at all; ``durable`` waits for the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # threads and processes never share one
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(data)
