@@ -65,6 +65,7 @@ async def test_two_proxies_find_each_other_and_the_same_workers(small: SmallMesh
 
 
 async def test_proxy_restarted_without_bootstrap_nodes_finds_its_workers_again(small: SmallMesh) -> None:
+    await small.mesh.until_remembered(small.proxy, *small.workers)
     await small.bootstrap.kill()
     await small.proxy.kill()
     again = await small.mesh.proxy("p1", fresh=False)
@@ -74,6 +75,7 @@ async def test_proxy_restarted_without_bootstrap_nodes_finds_its_workers_again(s
 
 
 async def test_worker_restarted_without_bootstrap_nodes_comes_back(small: SmallMesh) -> None:
+    await small.mesh.until_remembered(small.workers[0], small.proxy, small.workers[1])
     await small.bootstrap.kill()
     await small.workers[0].kill()
     again = await small.mesh.worker("w1", "--engine", "external", "--engine-url", small.engines[0].url, fresh=False)

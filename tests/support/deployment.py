@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -196,6 +197,22 @@ class Deployment:
             return all(worker.id in seen and seen[worker.id]["linked"] and seen[worker.id]["state"] == "ready" for worker in workers)
 
         await until(ready, what=f"{proxy.name} to have {', '.join(worker.name for worker in workers)} ready")
+
+    async def until_remembered(self, node: Node, *others: Node) -> None:
+        """Wait until a node has written down where one of the others is."""
+
+        async def remembered() -> bool:
+            return bool(remembered_peers(node) & {other.id for other in others})
+
+        await until(remembered, what=f"{node.name} to remember its peers")
+
+
+def remembered_peers(node: Node) -> set[str]:
+    """Ids of the peers that a node has written down for its next start."""
+    try:
+        return {entry["id"] for entry in json.loads((node.state_dir / "peers.json").read_bytes())["peers"]}
+    except FileNotFoundError:
+        return set()
 
 
 async def until(condition: Callable[[], Awaitable[bool]], *, what: str, within_s: float = PATIENCE_S) -> float:
