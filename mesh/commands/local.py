@@ -20,6 +20,7 @@ from rich.status import Status
 from mesh.commands.shared import Duration, MeshCommand, home_option, json_option, note, print_json
 from mesh.errors import LocalMeshError
 from mesh.local import LocalMesh, Stopped, running, tail
+from mesh.settings import DEFAULT_HOME
 from mesh.up import DEFAULT_MODEL, Plan, Up, bring_up
 
 _STAGES = {
@@ -146,9 +147,10 @@ def _show(up_now: Up, *, as_json: bool, detach: bool) -> None:
         note(f"the client settings that were here are now in {up_now.kept_settings}")
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Say hello"}]})
     python = (
-        f"from openai import OpenAI; c = OpenAI(base_url={settings.base_url!r}, api_key={settings.api_key!r}); "
-        f"print(c.chat.completions.create(model={model!r}, "
-        "messages=[{'role': 'user', 'content': 'Say hello'}]).choices[0].message.content)"
+        "from openai import OpenAI; "
+        f"client = OpenAI(base_url={json.dumps(settings.base_url)}, api_key={json.dumps(settings.api_key)}); "
+        f'print(client.chat.completions.create(model={json.dumps(model)}, messages=[{{"role": "user", "content": "Say hello"}}])'
+        ".choices[0].message.content)"
     )
     click.echo(f"\nbase URL  {settings.base_url}\nAPI key   {settings.api_key}\nmodels    {', '.join(up_now.models)}\n")
     click.echo(
@@ -156,8 +158,9 @@ def _show(up_now: Up, *, as_json: bool, detach: bool) -> None:
         f"-H 'content-type: application/json' -d {shlex.quote(body)}\n"
     )
     click.echo(f"python -c {shlex.quote(python)}\n")
-    click.echo('mesh chat --stream "Why is the sky blue?"')
-    click.echo("it runs on; `mesh down` stops it" if detach else "Ctrl-C stops it")
+    where = "" if up_now.home == Path(DEFAULT_HOME).expanduser() else f" --home {shlex.quote(str(up_now.home))}"
+    click.echo(f'mesh chat{where} --stream "Why is the sky blue?"\n')
+    click.echo(f"it runs on; `mesh down{where}` stops it" if detach else "Ctrl-C stops it")
 
 
 def _watch(mesh: LocalMesh) -> None:

@@ -147,10 +147,9 @@ def status(url: str | None, api_key: str | None, home: Path, as_json: bool) -> N
             print_table((name, ""), rows)
         elif value:
             print_table((name, ""), [("name", value)])
-    proxies = _objects(answer, "proxies")
-    if proxies:
-        columns = ("id", "api", "state", "version")
-        print_table(columns, ([_cell(item.get(name))[:64] for name in columns] for item in proxies), title="proxies")
+    for kind, columns in (("proxies", ("name", "api", "state", "version")), ("bootstraps", ("name", "address", "state", "version"))):
+        if listed := _objects(answer, kind):
+            print_table((kind, *columns[1:]), ([_cell(item.get(name))[:64] for name in columns] for item in listed))
     _show_workers(_objects(answer, "workers"))
 
 
@@ -212,11 +211,10 @@ async def _choose_model(client: Client, model: str | None) -> str:
 
 
 def _show_workers(listed: Iterable[dict[str, Any]]) -> None:
-    columns = ("worker", "name", "state", "models", "address", "engine", "region", "linked", "running", "waiting", "kv", "reason")
+    columns = ("worker", "state", "models", "address", "engine", "region", "linked", "running", "waiting", "kv", "served", "reason")
     rows = [
         (
-            str(item.get("id", ""))[:16],
-            item.get("name"),
+            item.get("name") or str(item.get("id", ""))[:12],
             item.get("state"),
             _cell(item.get("models")),
             item.get("address") or "outbound",
@@ -226,11 +224,12 @@ def _show_workers(listed: Iterable[dict[str, Any]]) -> None:
             item.get("running"),
             item.get("waiting"),
             f"{item['kv_use']:.0%}" if isinstance(item.get("kv_use"), int | float) else "",
+            item.get("served"),
             item.get("reason"),
         )
         for item in listed
     ]
-    used = [index for index in range(len(columns)) if index < 4 or any(row[index] not in (None, "") for row in rows)]
+    used = [index for index in range(len(columns)) if index < 3 or any(row[index] not in (None, "") for row in rows)]
     print_table([columns[index] for index in used], [[row[index] for index in used] for row in rows])
 
 
