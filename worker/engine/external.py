@@ -24,6 +24,9 @@ from worker.engine.secret import bearer
 from worker.engine.vllm import parse_vllm_load
 from worker.models import ResolvedModel
 
+MAX_UNNAMED = 16
+"""Models that are served without being named: each is tried before it counts as ready."""
+
 
 def parse_base_url(url: str) -> str:
     """`http(s)://host[:port][/path]`, with or without a final `/v1`, as the base that `/v1/…` is added to.
@@ -105,8 +108,8 @@ class ExternalEngine:
     def _chosen(self, listed: tuple[ListedModel, ...]) -> tuple[ListedModel, ...]:
         wanted = self.spec.source or self.spec.served_name
         if wanted is None:
-            if not listed:
-                raise EngineError("the engine lists no model; name the one to serve")
+            if not 0 < len(listed) <= MAX_UNNAMED:
+                raise EngineError(f"the engine lists {len(listed)} models; name the one to serve with --model")
             return listed
         found = tuple(entry for entry in listed if entry.id == wanted)
         if found:

@@ -28,6 +28,8 @@ from worker.models.wheel import MAX_FILES, resolve_wheel
 
 __all__ = ["PINNED", "ModelKind", "Progress", "ResolvedModel", "needs_fetch", "resolve"]
 
+MAX_SOURCE = 1_024
+
 
 async def resolve(
     source: str,
@@ -42,6 +44,8 @@ async def resolve(
     Cancelling stops the download. `with_digest` False spares the hashing of a large local model.
     Raises ModelSourceError, with what to do next in its message.
     """
+    if not source.isprintable() or len(source) > MAX_SOURCE:
+        raise ModelSourceError(f"{source[:80]!r} is not a model source")
     report, cache = on_progress or ignore, _absolute(cache_dir)
     if needs_fetch(source):
         return await resolve_wheel(parse_wheel_source(source), cache, report)
@@ -55,7 +59,10 @@ async def resolve(
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().resolve()
+    try:
+        return path.expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise ModelSourceError(f"{path} is not a path on this machine: {error}") from error
 
 
 async def _resolve_path(path: Path, cache_dir: Path, report: Progress, with_digest: bool) -> ResolvedModel:
