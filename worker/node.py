@@ -72,7 +72,9 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
     )
     pusher = LoadPusher(admission, supervisor)
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0), auto_decompress=True
+        connector=aiohttp.TCPConnector(limit=0, force_close=not engine.keeps_connections),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
+        cookie_jar=aiohttp.DummyCookieJar(),  # an engine's cookie for one client must not come back with another's request
     ) as session:
         gateway = Gateway(supervisor, session, headers=engine.headers, admission=admission, on_load=pusher.changed, clock=clock)
         node = MeshNode(
