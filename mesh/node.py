@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
 
 from mesh.clock import Clock
 from mesh.directory import Directory
+from mesh.errors import MalformedEnvelope
 from mesh.identity import Identity, TlsContexts
 from mesh.link.frames import Frame
 from mesh.link.peers import LinkConfig, Peers, PeersOwner
@@ -112,8 +113,15 @@ class Announcer:
             api=about.api,
             version=self._version,
         )
-        self._record = seal_record(record, self._identity.key, self._identity.membership.signed)
+        try:
+            self._record = self._seal(record)
+        except MalformedEnvelope as error:  # said where people look, instead of a node that silently never appears
+            log.error("record.refused", reason=error.message)
+            self._record = self._seal(replace(record, state=State.FAILED, models=(), reason=error.message[:120]))
         return self._record
+
+    def _seal(self, record: Record) -> Record:
+        return seal_record(record, self._identity.key, self._identity.membership.signed)
 
     async def _publish_forever(self) -> None:
         """Refresh on time and on change. A change that comes while publishing starts the next round at once."""
