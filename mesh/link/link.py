@@ -34,7 +34,11 @@ log = structlog.get_logger(__name__)
 
 WINDOW_BYTES = 256 * 1024
 MAX_INCOMING_STREAMS = 4096
+MAX_STREAM_NUMBER = 2**32 - 1
+MAX_UNSENT_BYTES = 256 * 1024 * 1024
+"""More than this waiting for a peer that does not read ends the link. Credit bounds answers long before; this bounds control frames."""
 _HIGH_WATER_BYTES = 4 * 1024 * 1024
+_DATA = int(Frame.DATA)
 _STAMP = struct.Struct(">d")
 
 
@@ -129,6 +133,8 @@ class Link(asyncio.Protocol):
 
     def open(self, head: Mapping[str, Any], sink: StreamSink) -> OutgoingStream:
         """Open a stream with an OPEN frame. Raises `WorkerLost` if the link is gone."""
+        if not self.closed and self._next_stream > MAX_STREAM_NUMBER:
+            self.close("every stream number has been used")  # after weeks; a new link begins again
         if self.closed:
             raise WorkerLost("the link is closed")
         number = self._next_stream
@@ -181,6 +187,8 @@ class Link(asyncio.Protocol):
             self._out.clear()
             self.stats.bytes_out += len(data)
             self.transport.write(data)
+            if not self._writable.is_set() and self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+                self.abort("the peer does not read")
 
     async def writable(self) -> None:
         """Wait until the connection's own buffer has room."""
@@ -218,7 +226,7 @@ class Link(asyncio.Protocol):
         outgoing = self._outgoing
         try:
             for kind, number, payload in self._reader.feed(data):
-                if kind == Frame.DATA:
+                if kind == _DATA:
                     stream = outgoing.get(number)
                     if stream is not None:
                         stream.unread += len(payload)
@@ -365,6 +373,11 @@ class _Sending:
         self.done = False
         self._credit = WINDOW_BYTES
         self._more: asyncio.Event | None = None
+
+    @property
+    def credit(self) -> int:
+        """How many bytes may be sent right now."""
+        return self._credit
 
     def add_credit(self, count: int) -> None:
         self._credit += count

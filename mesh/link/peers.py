@@ -1,12 +1,14 @@
 """Who is linked: listening, dialling, one link per pair, heartbeat.
 
-Either side dials. Two nodes that dial each other at once agree, without a word, to keep the link that the lower node id dialled; a
-node that restarted replaces its old link. A link that is silent for `LinkConfig.silent_s` is dead, whatever TCP thinks.
+Either side dials. Two nodes that dial each other at once agree, without a word, to keep the link that the lower node id dialled; the
+other takes no new requests and ends once those it has are done. A node that restarted replaces its old link at once. A link that is
+silent for `LinkConfig.silent_s` is dead, whatever TCP thinks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import ssl
 from collections.abc import Callable
@@ -15,9 +17,10 @@ from typing import Any, Protocol
 
 import structlog
 
+from mesh.address import parse_address
 from mesh.claims import read_bytes, read_int
 from mesh.clock import Clock
-from mesh.errors import ProtocolError, TrustError
+from mesh.errors import ProtocolError, TrustError, UsageError
 from mesh.identity import ALPN, Identity, Peer, TlsContexts, peer_of
 from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
@@ -85,6 +88,7 @@ class Peers:
         self._config = config or LinkConfig()
         self._boots: dict[bytes, int] = {}
         self._open: set[Link] = set()
+        self._retired: dict[Link, float] = {}
         self._wanted: dict[bytes, Record] = {}
         self._dials: dict[bytes, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
@@ -129,13 +133,12 @@ class Peers:
         """Keep a link to this node for as long as its record lives; a newer record renews the wish."""
         if self._stopping or record.node_id == self._identity.node_id or record.role not in self._accept or not record.addresses:
             return
-        known = self._wanted.get(record.node_id)
-        if known is None or record.order >= known.order:
-            self._wanted[record.node_id] = record
-        if record.node_id not in self._dials:
+        self._remember(record)
+        dialling = self._dials.get(record.node_id)
+        if dialling is None or dialling.done():
             task = asyncio.create_task(self._keep_dialled(record.node_id))
             self._dials[record.node_id] = task
-            task.add_done_callback(lambda _: self._dials.pop(record.node_id, None))
+            task.add_done_callback(functools.partial(self._dialled, record.node_id))
 
     async def _keep_dialled(self, node_id: bytes) -> None:
         """Dial while the node's record lives and it is not linked. Ends, and is begun again by the next `want`, once it is."""
@@ -145,31 +148,35 @@ class Peers:
             if record is None or not record.alive(self._clock.wall()):
                 self._wanted.pop(node_id, None)
                 return
-            if node_id in self.links:
-                return
             for address in record.addresses:
                 if node_id in self.links or await self._dial(address, node_id):
-                    return
+                    break
+            if node_id in self.links:
+                return
             await self._clock.sleep(backoff_s * self._rng.uniform(0.5, 1.0))
             backoff_s = min(backoff_s * 2, self._config.backoff_most_s)
+
+    def _dialled(self, node_id: bytes, task: asyncio.Task[None]) -> None:
+        if self._dials.get(node_id) is task:
+            del self._dials[node_id]
 
     async def _dial(self, address: str, node_id: bytes) -> bool:
         """One attempt; True once the link is up."""
         loop = asyncio.get_running_loop()
-        host, _, port = address.rpartition(":")
         up: asyncio.Future[bool] = loop.create_future()
         try:
+            where = parse_address(address)
             async with asyncio.timeout(self._config.handshake_s):
                 await loop.create_connection(
                     lambda: Link(_Dialler(self, node_id, up), clock=self._clock, dialled=True),
-                    host.strip("[]"),
-                    int(port),
+                    where.host,
+                    where.port,
                     ssl=self._tls.client,
                     server_hostname="",
                     ssl_shutdown_timeout=1.0,
                 )
                 return await up
-        except (OSError, ValueError, TimeoutError) as error:
+        except (OSError, ValueError, TimeoutError, UsageError) as error:
             log.debug("link.dial_failed", peer=node_id.hex()[:12], address=address, error=type(error).__name__)
             return False
 
@@ -180,7 +187,10 @@ class Peers:
         certificate = ssl_object.getpeercert(binary_form=True)
         if certificate is None or ssl_object.selected_alpn_protocol() != ALPN:
             raise ProtocolError("the peer does not speak this protocol")
-        peer = peer_of(certificate, self._identity.mesh_id)
+        try:
+            peer = peer_of(certificate, self._identity.mesh_id)
+        except ValueError:
+            raise TrustError("the peer's certificate cannot be read") from None
         if peer.role not in self._accept:
             raise TrustError(f"a {self._identity.role} does not link with a {peer.role}")
         if expect is not None and peer.node_id != expect:
@@ -199,14 +209,22 @@ class Peers:
         except TrustError as error:
             raise ProtocolError(f"bad HELLO: {error.message}") from None
         old = self.links.get(link.node_id)
+        both_dialled = old is not None and old.dialled != link.dialled and record.boot == self._boots[link.node_id]
         if old is not None and not self._replaces(link, record, old):
-            link.close("another link to this node is kept")
+            if both_dialled:
+                self._retire(link)
+            else:
+                link.close("a newer link to this node is kept")
             return
         self.links[link.node_id] = link
         self._boots[link.node_id] = record.boot
+        self._remember(record)
         if old is not None:
             self._owner.on_down(old, "replaced")
-            old.close("replaced by a newer link")
+            if both_dialled:
+                self._retire(old)
+            else:
+                old.close("replaced by a newer link")
         log.info("link.up", peer=link.node_id.hex()[:12], role=str(record.role), dialled=link.dialled)
         self._owner.on_up(link, record)
 
@@ -215,9 +233,11 @@ class Peers:
             return
         if kind == Frame.RECORD:
             try:
-                self._owner.on_record(link, self._parse_record(link, fields))
+                record = self._parse_record(link, fields)
             except TrustError as error:
                 raise ProtocolError(f"bad RECORD: {error.message}") from None
+            self._remember(record)
+            self._owner.on_record(link, record)
         elif kind == Frame.LOAD:
             self._owner.on_load(link, fields)
         elif kind == Frame.DRAIN:
@@ -229,20 +249,22 @@ class Peers:
 
     def on_lost(self, link: Link, reason: str) -> None:
         self._open.discard(link)
+        self._retired.pop(link, None)
         if link.peer is None or self.links.get(link.node_id) is not link:
             return
         del self.links[link.node_id]
+        del self._boots[link.node_id]
         log.info("link.down", peer=link.node_id.hex()[:12], reason=reason)
         self._owner.on_down(link, reason)
-        wanted = self._wanted.get(link.node_id)
+        wanted = self._wanted.pop(link.node_id, None)
         if wanted is not None and not link.draining:
             self.want(wanted)
 
     # -- to all
 
     def broadcast(self, kind: Frame, fields: dict[str, Any]) -> None:
-        """Send one control frame over every link."""
-        for link in list(self.links.values()):
+        """Send one control frame over every link, also one whose peer has yet to say HELLO: it got ours before this."""
+        for link in list(self._open):
             link.send_control(kind, fields)
 
     # -- inside
@@ -253,6 +275,18 @@ class Peers:
         if link.peer is None or record.node_id != link.peer.node_id or record.role != link.peer.role:
             raise TrustError("the record is another node's")
         return record
+
+    def _remember(self, record: Record) -> None:
+        """Where to dial a linked node if its link breaks, though the directory be gone by then."""
+        known = self._wanted.get(record.node_id)
+        if record.addresses and (known is None or record.order >= known.order):
+            self._wanted[record.node_id] = record
+
+    def _retire(self, link: Link) -> None:
+        """Let the link that was not kept finish what it has: its peer may have used it before it heard of the other."""
+        for earlier in [earlier for earlier in self._retired if earlier.node_id == link.node_id]:
+            earlier.close("another link to this node is kept")
+        self._retired[link] = self._clock.monotonic()
 
     def _replaces(self, link: Link, record: Record, old: Link) -> bool:
         """Whether a second link to a node takes the place of the first; both ends come to the same answer."""
@@ -267,23 +301,26 @@ class Peers:
     async def _tick(self) -> None:
         """Ping every link once a heartbeat and end those that have gone silent.
 
-        A tick that comes late means that this process stood still, not its peers: then everyone gets another heartbeat.
+        Silent also means: nothing came between the last two ticks and this one. A tick that comes late means that this process stood
+        still, and what its peers sent meanwhile is read before the next.
         """
-        period_s, last = self._config.heartbeat_s, self._clock.monotonic()
+        before = last = self._clock.monotonic()
         while True:
-            await self._clock.sleep(period_s)
+            await self._clock.sleep(self._config.heartbeat_s)
             now = self._clock.monotonic()
-            stood_still = now - last > 2 * period_s
-            last = now
             for link in list(self._open):
-                limit_s = self._config.silent_s if link.hello is not None else self._config.handshake_s
-                if now - link.last_heard <= limit_s:
-                    link.ping()
-                elif stood_still:
-                    link.last_heard = now - limit_s + period_s
-                    link.ping()
-                else:
-                    link.abort(f"silent for {now - link.last_heard:.1f} s")
+                self._check(link, now, before)
+            before, last = last, now
+
+    def _check(self, link: Link, now: float, before: float) -> None:
+        limit_s = self._config.silent_s if link.hello is not None else self._config.handshake_s
+        retired_at = self._retired.get(link)
+        if now - link.last_heard > limit_s and link.last_heard < before:
+            link.abort(f"silent for {now - link.last_heard:.1f} s")
+        elif retired_at is not None and not link.streams and now - retired_at >= self._config.heartbeat_s:
+            link.close("another link to this node is kept")
+        else:
+            link.ping()
 
 
 class _Dialler:
