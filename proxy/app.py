@@ -164,12 +164,12 @@ class App:
     # -- inference
 
     async def _infer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
-        key = self._authenticate(request)
         started = time.monotonic()
         task, model = TASKS[request.path], ""
         code = "cancelled"
         self._enter()
         try:
+            key = self._authenticate(request)
             call = parse_call(request.path, await self._read_body(request))
             self._gate.authorize(key, call.model)
             self._check_known(call)
@@ -182,6 +182,11 @@ class App:
             return broken.response
         except MeshError as error:
             code = error.code
+            raise
+        except ConnectionError:
+            raise
+        except Exception:
+            code = MeshError.code
             raise
         finally:
             self._leave()
@@ -280,6 +285,8 @@ class App:
             raise InvalidRequest("The request body did not arrive in time") from None
         except web.HTTPRequestEntityTooLarge:
             raise too_large from None
+        except web.RequestPayloadError:
+            raise InvalidRequest("The request body is not valid HTTP") from None
 
     def _check_known(self, call: Call) -> None:
         """404 for a model nobody serves or has lately served; 400 for one that cannot do what is asked."""

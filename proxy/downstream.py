@@ -20,6 +20,8 @@ from proxy.respond import error_event
 
 _CONTENT_TYPE = re.compile(r"[a-z]+/[a-z0-9.+-]+(; ?charset=[A-Za-z0-9-]+)?")
 _EVENT_STREAM = "text/event-stream"
+LINGER_S = 30.0
+"""How long a client may take to read the end of an answer that was broken off, before its connection is cut."""
 
 
 class Downstream:
@@ -57,15 +59,16 @@ class Downstream:
         return self._sent
 
     def prepare(self, head: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-        """Take the worker's HEAD: ``status``, ``type`` and, for a sized answer, ``length``. Raises `ProtocolError`.
+        """Take the worker's HEAD: ``status`` (200), ``type`` and, for a sized answer, ``length``. Raises `ProtocolError`.
 
         Nothing is written yet; the head leaves with the first byte of the body.
         """
         status, content_type, length = head.get("status"), head.get("type"), head.get("length")
         if self._head or self.started:
             raise ProtocolError("a second HEAD")
-        if type(status) is not int or not 200 <= status <= 299:
-            raise ProtocolError("HEAD with a status that is not a success")
+        if status != 200 or type(status) is not int:
+            # Not even 204: an answer that has no body by its status, but is followed by one, would be read as the next answer.
+            raise ProtocolError("HEAD with a status other than 200")
         if not isinstance(content_type, str) or _CONTENT_TYPE.fullmatch(content_type) is None:
             raise ProtocolError("HEAD with a bad content type")
         if length is not None and (type(length) is not int or length < 0):
@@ -110,20 +113,24 @@ class Downstream:
         tail = b"0\r\n\r\n" if self._chunked else b""
         if not self.started:
             tail = self._start() + tail
-        if tail:
+        if tail and not self.transport.is_closing():
             self.transport.write(tail)
 
     def break_off(self, error: MeshError) -> None:
         """The answer will not be completed and its beginning is gone already: say so, and end the connection uncleanly."""
         self._keep_alive = False
-        if self._stream and not self.transport.is_closing():
+        if self._stream and self._length is None and not self.transport.is_closing():
             event = error_event(error)
             self.transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event)
+        elif self._length is None and not self._chunked:
+            self.transport.abort()  # to an HTTP/1.0 client a clean end of the connection is the clean end of the answer
+            return
         self.transport.close()
+        asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
 
     def forget_head(self) -> None:
         """A failed attempt's HEAD is dropped; the next attempt brings its own."""
-        self._head, self._chunked, self._stream, self._length = b"", False, False, None
+        self._head, self._chunked, self._stream, self._length, self._sent = b"", False, False, None, 0
         self._keep_alive = self._wants_keep_alive
 
     def response(self) -> web.StreamResponse:

@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh.claims import read_int
-from mesh.errors import MalformedEnvelope, MeshError, ProtocolError, UpstreamTimeout, WorkerLost
+from mesh.errors import InvalidRequest, MalformedEnvelope, MeshError, ProtocolError, UpstreamTimeout, WorkerLost
 from mesh.link.link import OutgoingStream
 from proxy.downstream import Downstream
 from proxy.fleet import Worker
 
 SLOW_CLIENT_BYTES = 64 * 1024
 """With more than this unsent to the client, the worker gets no more credit until it has drained."""
+SLOW_CLIENT_S = 60.0
+"""A client that takes not a byte for so long, with an answer waiting for it, is given up."""
 
 
 class Attempt:
     """Implements `mesh.link.link.StreamSink`. ``await run()`` returns the worker's trailer or raises what went wrong."""
 
     __slots__ = (
+        "_client_seen",
         "_done",
         "_downstream",
         "_draining",
@@ -28,10 +31,10 @@ class Attempt:
         "_started_at",
         "_stream",
         "_transport",
+        "_worker_seen",
         "accepted",
         "first_byte_at",
         "last_sign_at",
-        "seen_bytes",
         "worker",
     )
 
@@ -40,12 +43,13 @@ class Attempt:
         self.accepted = False
         self.first_byte_at: float | None = None
         self.last_sign_at = now
-        self.seen_bytes = 0
         self._downstream = downstream
         self._transport = downstream.transport
         self._headers = headers
         self._started_at = now
         self._held = 0
+        self._worker_seen = (0, 0)
+        self._client_seen = (now, 0)
         self._draining: asyncio.Task[None] | None = None
         self._stream: OutgoingStream | None = None
         self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -65,6 +69,8 @@ class Attempt:
             stream.cancel()
             if self._draining is not None:
                 self._draining.cancel()
+            if self._done.done() and not self._done.cancelled():
+                self._done.exception()  # whoever cancelled this does not want to hear of it
 
     def fail(self, error: MeshError) -> None:
         """Give up on this attempt."""
@@ -74,10 +80,22 @@ class Attempt:
                 self._stream.cancel()
 
     def check_time(self, now: float, *, patience_s: float) -> None:
-        """Fail if there was neither a byte nor a sign of progress for ``patience_s``. Called about once a second."""
-        sent = self._downstream.bytes_sent
-        if sent != self.seen_bytes or self._held:
-            self.seen_bytes, self.last_sign_at = sent, now
+        """Fail if the worker was silent for ``patience_s``, or the client took nothing for `SLOW_CLIENT_S`. Called about once a second.
+
+        Not silent is a worker that sends bytes, reports progress or takes the request's body.
+        """
+        if self._held:
+            self.last_sign_at = now
+            unsent = self._transport.get_write_buffer_size()
+            if unsent != self._client_seen[1]:
+                self._client_seen = (now, unsent)
+            elif now - self._client_seen[0] > SLOW_CLIENT_S:
+                self.fail(InvalidRequest("The client stopped reading the answer"))
+            return
+        self._client_seen = (now, 0)
+        seen = (self._downstream.bytes_sent, self._stream.credit if self._stream is not None else 0)
+        if seen != self._worker_seen:
+            self._worker_seen, self.last_sign_at = seen, now
         elif now - self.last_sign_at > patience_s:
             self.fail(UpstreamTimeout(f"the worker gave no sign for {patience_s:.0f} s"))
 
@@ -136,7 +154,10 @@ class Attempt:
         """Give the held credit back once the client has read what it was sent."""
         writer = self._downstream.request.writer
         while self._held and not self._transport.is_closing():
-            await writer.drain()
+            try:
+                await writer.drain()
+            except ConnectionError:
+                return  # the client is gone, and the request's task hears of it by itself
             if self._transport.get_write_buffer_size() > SLOW_CLIENT_BYTES // 2:
                 await asyncio.sleep(0.02)
                 continue
