@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from mesh.errors import Overloaded
 
@@ -25,7 +25,7 @@ class Admission:
     def waiting(self) -> int:
         return len(self._queue)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Hold a slot for the length of a block. Raises `Overloaded` if the queue is full too."""
         await self._take()
@@ -38,13 +38,17 @@ class Admission:
         """Return once nothing runs or waits."""
         await self._idle.wait()
 
+    def check(self) -> None:
+        """Raises `Overloaded` if a request that comes now would be turned away."""
+        if (self.running >= self._limit or self._queue) and len(self._queue) >= self._queue_limit:
+            raise Overloaded("This worker is at its limit of concurrent requests and its queue is full", retry_after_s=1.0)
+
     async def _take(self) -> None:
+        self.check()
         self._idle.clear()
         if self.running < self._limit and not self._queue:
             self.running += 1
             return
-        if len(self._queue) >= self._queue_limit:
-            raise Overloaded("This worker is at its limit of concurrent requests and its queue is full", retry_after_s=1.0)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(turn)
         try:
@@ -53,7 +57,8 @@ class Admission:
             if turn.done() and not turn.cancelled():
                 self._release()  # the slot had been handed over already
             else:
-                self._queue.remove(turn)
+                with contextlib.suppress(ValueError):  # a release in between has passed over it already
+                    self._queue.remove(turn)
                 self._settle()
             raise
 

@@ -94,15 +94,18 @@ class Gateway:
     async def _serve(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         try:
             request = _Request(head)
+            model = self._model(request)
+            self.admission.check()  # before the body is read: a full worker need not take megabytes to say no
             async with asyncio.timeout(BODY_DEADLINE_S):
                 body = await stream.read_body(max_bytes=request.size)
-            model = self._model(request)
+            if len(body) != request.size:
+                raise ProtocolError("a request body of another length than OPEN announced")
             prepared = prepare_body(body, task=request.task, engine_model=_renamed(model, request.model))
             queued = time.monotonic()
             working = asyncio.create_task(self._report_progress(stream))
             try:
+                self._on_load()
                 async with self.admission.slot():
-                    self._on_load()
                     stream.accept()
                     await self._ask(stream, request, prepared, working, queue_s=time.monotonic() - queued)
             finally:
@@ -133,7 +136,8 @@ class Gateway:
         headers = {**self._headers, "Content-Type": "application/json", "X-Request-Id": request.id}
         started = time.monotonic()
         try:
-            async with self._session.post(base_url + Task(request.task).path, data=prepared.body, headers=headers) as response:
+            url = base_url + Task(request.task).path
+            async with self._session.post(url, data=prepared.body, headers=headers, allow_redirects=False) as response:
                 if response.status != 200:
                     raise await _refusal(response)
                 if response.content_type == "text/event-stream":
@@ -152,25 +156,30 @@ class Gateway:
         """Pass events on, whole ones only. HEAD goes with the first, so a request that has had no token can still move."""
         events = EventStream(show_usage=prepared.show_usage)
         begun = False
-        try:
-            async for data in response.content.iter_any():
+
+        def begin() -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                working.cancel()
+                stream.send_head({"status": 200, "type": "text/event-stream"})
+
+        async for data in response.content.iter_any():
+            try:
                 whole = events.feed(data)
-                if not whole:
-                    continue
-                if not begun:
-                    begun = True
-                    working.cancel()
-                    stream.send_head({"status": 200, "type": "text/event-stream"})
+            except ValueError:
+                raise EngineUnavailable("The worker's engine sent an event without end") from None
+            if whole:
+                begin()
                 if not stream.send_now(whole):
                     await stream.send(whole)
-        except ValueError:
-            raise EngineUnavailable("The worker's engine sent an event without end") from None
         rest = events.close()
-        if rest:
-            await stream.send(rest)
         if not events.complete:
             self._engine.suspect()
             raise EngineUnavailable("The worker's engine ended its answer in the middle")
+        if rest:
+            begin()
+            await stream.send(rest)
         return events.usage
 
     async def _relay_whole(self, stream: IncomingStream, response: aiohttp.ClientResponse, working: asyncio.Task[None]) -> Usage:
@@ -220,7 +229,7 @@ def _renamed(model: ModelSpec, asked: str) -> str | None:
 
 async def _refusal(response: aiohttp.ClientResponse) -> MeshError:
     """What an engine's error status means to the client: its own mistake, a full engine, or a broken one."""
-    complaint = engine_complaint(await response.content.read(MAX_COMPLAINT_BYTES), response.status)
+    complaint = engine_complaint(await _read_some(response, MAX_COMPLAINT_BYTES), response.status)
     match response.status:
         case 400 | 404 | 405 | 409 | 415 | 422:
             return InvalidRequest(complaint)
@@ -229,3 +238,13 @@ async def _refusal(response: aiohttp.ClientResponse) -> MeshError:
         case 429:
             return Overloaded(complaint, retry_after_s=1.0)
     return EngineUnavailable(f"The worker's engine answered {response.status}")
+
+
+async def _read_some(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
+    """The whole body, or its beginning if it is longer."""
+    data = bytearray()
+    async for piece in response.content.iter_any():
+        data += piece
+        if len(data) >= most_bytes:
+            break
+    return bytes(data[:most_bytes])

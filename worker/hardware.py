@@ -37,7 +37,11 @@ async def _query_gpus() -> str:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
             )
-            output, _ = await process.communicate()
+            try:
+                output, _ = await process.communicate()
+            finally:
+                if process.returncode is None:  # a driver in trouble: not waited for
+                    process.kill()
             return output.decode(errors="replace") if process.returncode == 0 else ""
     return ""
 
@@ -49,5 +53,5 @@ def _parse_gpus(output: str) -> list[tuple[str, int]]:
         name, _, memory = line.rpartition(",")
         if name.strip().isprintable() and name.strip():
             memory = memory.strip()
-            found.append((name.strip()[:64], int(memory) << 20 if memory.isdecimal() else 0))
+            found.append((name.strip()[:64], int(memory) << 20 if memory.isdecimal() and len(memory) < 10 else 0))
     return found

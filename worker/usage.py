@@ -65,14 +65,14 @@ def prepare_body(body: bytes, *, task: str, engine_model: str | None) -> Prepare
 
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: int | float | None = None
 
 
 class _UsageFields(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    prompt_tokens: int | float | None = None
+    completion_tokens: int | float | None = None
+    input_tokens: int | float | None = None
+    output_tokens: int | float | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
 
@@ -92,9 +92,14 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 def read_answer(data: bytes) -> tuple[Usage | None, _Answer | None]:
-    """Usage in an answer or event of the engine, and the answer's outline; None where there is none or it is not JSON."""
+    """Usage in an answer or event of the engine, and the answer's outline; None where there is none or it is not JSON.
+
+    JSON of an unusual shape has an empty outline.
+    """
     try:
         answer = _decode_answer(data)
+    except msgspec.ValidationError:
+        return None, _Answer() if _is_json(data) else None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None, None
     fields = answer.usage or (answer.response.usage if answer.response is not None else None)
@@ -109,8 +114,16 @@ def read_answer(data: bytes) -> tuple[Usage | None, _Answer | None]:
     return usage, answer
 
 
-def _count(*values: int | None) -> int:
-    return next((min(max(0, value), 10**9) for value in values if value is not None), 0)
+def _is_json(data: bytes) -> bool:
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _count(*values: int | float | None) -> int:
+    return next((int(min(max(0, value), 10**9)) for value in values if value is not None), 0)
 
 
 class EventStream:
@@ -126,29 +139,38 @@ class EventStream:
         self.usage = Usage()
         self.complete = False
         self._show_usage = show_usage
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         """Raises `ValueError` if one event grows beyond `MAX_EVENT_BYTES`."""
-        if self._rest:
-            data = self._rest + data
-        end = data.rfind(b"\n\n") + 2
-        if end < 2:
-            end = _crlf_end(data)
-        self._rest = data[end:]
-        if len(self._rest) > self.MAX_EVENT_BYTES:
-            raise ValueError("an event without end")
-        whole = data[:end] if self._rest else data
+        whole = data if not self._rest and data.endswith(b"\n\n") else self._cut(data)
         if b'"usage"' not in whole and b"[DONE]" not in whole and b"response." not in whole:
             return whole
         return self._look(whole)
 
     def close(self) -> bytes:
-        """What is left when the engine's stream ends: an event whose closing blank line is missing."""
-        rest, self._rest = self._rest, b""
-        if not rest.strip():
+        """What is left when the engine's stream ends: a last event whose closing blank line is missing.
+
+        Passed on only if it is the stream's proper end; else it may be half an event, and that is dropped.
+        """
+        rest, self._rest = bytes(self._rest), bytearray()
+        last = self._look(rest.rstrip(b"\r\n") + b"\n\n") if rest.strip() else b""
+        return last if self.complete else b""
+
+    def _cut(self, data: bytes) -> bytes:
+        """All whole events so far; what is left waits for the next read. Looks at no byte twice, however small the reads."""
+        rest = self._rest
+        at = max(0, len(rest) - 3)
+        rest += data
+        lf, crlf = rest.rfind(b"\n\n", at), rest.rfind(b"\n\r\n", at)
+        end = max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0)
+        if not end:
+            if len(rest) > self.MAX_EVENT_BYTES:
+                raise ValueError("an event without end")
             return b""
-        return self._look(rest.rstrip(b"\r\n") + b"\n\n")
+        whole = bytes(rest[:end])
+        del rest[:end]
+        return whole
 
     def _look(self, whole: bytes) -> bytes:
         """Event by event: take the usage, note the end, drop what the client did not ask for."""
@@ -171,11 +193,6 @@ class EventStream:
         if answer.type in ("response.completed", "response.failed", "response.incomplete"):
             self.complete = True
         return self._show_usage or usage is None or answer.choices != []
-
-
-def _crlf_end(data: bytes) -> int:
-    end = data.rfind(b"\r\n\r\n")
-    return end + 4 if end >= 0 else 0
 
 
 def engine_complaint(body: bytes, status: int) -> str:
