@@ -25,14 +25,14 @@ class Address:
 
 def parse_address(text: str, *, default_port: int | None = None) -> Address:
     """Read ``host:port``, ``1.2.3.4:port`` or ``[::1]:port``. Raises `UsageError`; so does no port without a default."""
-    bracketed = re.fullmatch(r"\[([^\]]*)\](?::(\d{1,5}))?", text)
+    bracketed = re.fullmatch(r"\[([^\]]*)\](?::([0-9]{1,5}))?", text)
     if bracketed:
         host, port = bracketed.groups()
         valid = _is_ip(host, 6)
     else:
         host, _, port = text.partition(":")
         valid = _is_ip(host, 4) or (_HOST.match(host) is not None and not re.fullmatch(r"[0-9.]+", host))
-    if not valid or (port and not port.isdecimal()) or (not port and (text.endswith(":") or default_port is None)):
+    if not valid or (port and not re.fullmatch(r"[0-9]+", port)) or (not port and (text.endswith(":") or default_port is None)):
         raise UsageError(f"'{text[:300]}' is not an address; write HOST:PORT, for example mesh.example.org:7600 or [::1]:7600")
     number = int(port) if port else default_port
     if number is None or not 1 <= number <= 65535:

@@ -38,14 +38,10 @@ def run(main: Main, config: NodeConfig) -> int:
     """Run one node until it ends or is told to. Returns its exit code: 0 done, 1 failed, 2 wrong settings."""
     logs.configure(level=config.log_level, json=config.log_format == "json")
     try:
-        with _sole_owner(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with sole_owner(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_supervise(main, config.drain_s + CLOSING_S))
-    except MeshError as error:
-        log.error("node.failed", code=error.code, reason=error.message)
-        return 2 if isinstance(error, UsageError) else 1
-    except Exception:
-        log.exception("node.crashed")
-        return 1
+    except Exception as error:
+        return _report(error)
 
 
 def announce(config: NodeConfig, *, node_id: bytes, addresses: tuple[str, ...], **more: Any) -> None:
@@ -67,7 +63,7 @@ def read_announced(state_dir: Path) -> dict[str, Any] | None:
     try:
         about = json.loads((state_dir / NODE_FILE).read_bytes())
         alive = isinstance(about, dict) and process_start(about["pid"]) == about["started"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return about if alive else None
 
@@ -83,6 +79,17 @@ def process_start(pid: int) -> int | None:
         return None
     state, *fields = stat.rpartition(")")[2].split()
     return None if state in ("Z", "X") else int(fields[18])
+
+
+def _report(error: BaseException) -> int:
+    """Log what ended the node; returns the exit code. Of a group with one error in it, that error counts."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, MeshError):
+        log.error("node.failed", code=error.code, reason=error.message)
+        return 2 if isinstance(error, UsageError) else 1
+    log.error("node.crashed", exc_info=(type(error), error, error.__traceback__))
+    return 1
 
 
 async def _supervise(main: Main, deadline_s: float) -> int:
@@ -123,7 +130,7 @@ def _log_unhandled(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any])
 
 
 @contextlib.contextmanager
-def _sole_owner(config: NodeConfig) -> Iterator[None]:
+def sole_owner(config: NodeConfig) -> Iterator[None]:
     """Make the node's state folder (0700) and hold it: two nodes with one key would be one node in two minds."""
     try:
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

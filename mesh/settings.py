@@ -17,6 +17,7 @@ import difflib
 import re
 import shlex
 import tomllib
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,12 +99,18 @@ def describe(config: type[Settings]) -> tuple[Described, ...]:
         Described(
             field=field.name,
             name=re.sub(r"_(s|bytes)$", "", field.name),
-            kind=hints[field.name],
+            kind=_without_none(hints[field.name]),
             default=field.default,
             about=field.metadata["setting"],
         )
         for field in dataclasses.fields(config)
     )
+
+
+def _without_none(hint: Any) -> Any:
+    """``Path | None`` → ``Path``: what a given value is; ``None`` only ever is a default."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0] if isinstance(hint, types.UnionType) else hint
 
 
 def variables(config: type[Settings], described: Described) -> tuple[str, ...]:
@@ -139,7 +146,7 @@ def load(
 
 def parse_duration_s(text: str) -> float:
     """``250ms``, ``30s``, ``5m``, ``1h``, ``30d`` or a plain number of seconds. Raises `UsageError`."""
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*(ms|s|m|h|d)?", text.strip())
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)\s*(ms|s|m|h|d)?", text.strip())
     if match is None:
         raise UsageError(f"'{text[:40]}' is not a time; write 250ms, 30s, 5m, 1h or 30d")
     return float(match[1]) * _UNITS_S[match[2] or "s"]
@@ -147,7 +154,7 @@ def parse_duration_s(text: str) -> float:
 
 def parse_size_bytes(text: str) -> int:
     """``64MiB``, ``10MB``, ``512KiB`` or a plain number of bytes. Raises `UsageError`."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmg]i?b|b)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]i?b|b)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise UsageError(f"'{text[:40]}' is not a size; write 512KiB, 64MiB or 2GB")
     return int(float(match[1]) * _UNITS_BYTES[(match[2] or "b").lower()])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import ssl
 import stat
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -255,61 +256,69 @@ class Wire:
         assert all(done.values())
 
 
+@dataclass(frozen=True)
+class Parties:
+    """Two members of one mesh, and one of another; in real time, as OpenSSL knows no other."""
+
+    mesh_id: bytes
+    alice: TlsContexts
+    bob: TlsContexts
+    stranger: TlsContexts
+
+
 @pytest.fixture
-def contexts(tmp_path: Path) -> dict[str, TlsContexts]:
-    made = {}
-    import time
+def parties(tmp_path: Path) -> Parties:
+    now = time.time()
+    mesh, other = make_mesh(now=now), make_mesh(now=now)
 
-    for name, mesh_name, role in (("alice", "a", Role.WORKER), ("bob", "a", Role.PROXY), ("stranger", "b", Role.WORKER)):
-        mesh = made.setdefault(f"mesh {mesh_name}", make_mesh(now=time.time()))
-        folder = tmp_path / name
-        folder.mkdir()
-        made[name] = TlsContexts(mesh.identity(role, now=time.time()), folder)
-    made["mesh id"] = made.pop("mesh a").mesh_id
-    made.pop("mesh b")
-    return made
+    def contexts(name: str, of: TestMesh, role: Role) -> TlsContexts:
+        (tmp_path / name).mkdir()
+        return TlsContexts(of.identity(role, now=now), tmp_path / name)
+
+    return Parties(
+        mesh.mesh_id,
+        alice=contexts("alice", mesh, Role.WORKER),
+        bob=contexts("bob", mesh, Role.PROXY),
+        stranger=contexts("stranger", other, Role.WORKER),
+    )
 
 
-def test_two_members_shake_hands(contexts: dict[str, TlsContexts]) -> None:
-    wire = Wire(contexts["alice"].client, contexts["bob"].server)
+def test_two_members_shake_hands(parties: Parties) -> None:
+    wire = Wire(parties.alice.client, parties.bob.server)
     wire.handshake()
     assert wire.client.version() == "TLSv1.3"
     assert wire.client.selected_alpn_protocol() == "infermesh/1"
 
 
 @pytest.mark.parametrize(("dialler", "listener"), [("alice", "stranger"), ("stranger", "alice")])
-def test_members_of_two_meshes_do_not(contexts: dict[str, TlsContexts], dialler: str, listener: str) -> None:
+def test_members_of_two_meshes_do_not(parties: Parties, dialler: str, listener: str) -> None:
     with pytest.raises(ssl.SSLError):
-        Wire(contexts[dialler].client, contexts[listener].server).handshake()
+        Wire(getattr(parties, dialler).client, getattr(parties, listener).server).handshake()
 
 
-def test_nobody_without_a_certificate_is_let_in(contexts: dict[str, TlsContexts]) -> None:
+def test_nobody_without_a_certificate_is_let_in(parties: Parties) -> None:
     naked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     naked.check_hostname, naked.verify_mode = False, ssl.CERT_NONE
     with pytest.raises(ssl.SSLError):
-        Wire(naked, contexts["alice"].server).handshake()
+        Wire(naked, parties.alice.server).handshake()
 
 
-def test_older_tls_is_refused(contexts: dict[str, TlsContexts]) -> None:
-    contexts["alice"].client.minimum_version = ssl.TLSVersion.TLSv1_2
-    contexts["alice"].client.maximum_version = ssl.TLSVersion.TLSv1_2
+def test_older_tls_is_refused(parties: Parties) -> None:
+    parties.alice.client.minimum_version = ssl.TLSVersion.TLSv1_2
+    parties.alice.client.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError):
-        Wire(contexts["alice"].client, contexts["bob"].server).handshake()
+        Wire(parties.alice.client, parties.bob.server).handshake()
 
 
-def test_required_role_is_checked_in_the_handshake(contexts: dict[str, TlsContexts]) -> None:
-    mesh_id = contexts["mesh id"]
-    assert isinstance(mesh_id, bytes)
-    require_role(contexts["alice"].client, mesh_id, {Role.PROXY})
-    Wire(contexts["alice"].client, contexts["bob"].server).handshake()
-    require_role(contexts["alice"].client, mesh_id, {Role.BOOTSTRAP})
+def test_required_role_is_checked_in_the_handshake(parties: Parties) -> None:
+    require_role(parties.alice.client, parties.mesh_id, {Role.PROXY})
+    Wire(parties.alice.client, parties.bob.server).handshake()
+    require_role(parties.alice.client, parties.mesh_id, {Role.BOOTSTRAP})
     with pytest.raises(ssl.SSLCertVerificationError, match="proxy"):
-        Wire(contexts["alice"].client, contexts["bob"].server).handshake()
+        Wire(parties.alice.client, parties.bob.server).handshake()
 
 
 def test_renewed_certificate_is_shown_by_live_contexts(tmp_path: Path) -> None:
-    import time
-
     mesh = make_mesh(now=time.time())
     identity = mesh.identity(Role.WORKER, now=time.time(), key=Ed25519PrivateKey.generate())
     contexts = TlsContexts(identity, tmp_path)
