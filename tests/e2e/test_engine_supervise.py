@@ -211,6 +211,16 @@ async def test_stop_ends_an_engine_deaf_to_sigterm_and_what_it_left_in_another_s
         await gone(pid)
 
 
+async def test_stop_while_a_crashed_engine_is_cleared_up_leaves_nothing(spec: Callable[..., EngineSpec], tmp_path: Path) -> None:
+    async with supervised(spec("--grandchild"), tmp_path) as (supervisor, watch):
+        await supervisor.wait_ready()
+        grandchild = told(supervisor, "grandchild")
+        os.kill(told(supervisor, "pid"), signal.SIGKILL)
+        supervisor.suspect()
+        await watch.until(lambda readiness: not readiness.is_ready)
+    await gone(grandchild)
+
+
 async def test_cancelled_supervisor_leaves_no_engine(spec: Callable[..., EngineSpec], tmp_path: Path) -> None:
     supervisor = Supervisor(make_engine(spec()), state_dir=tmp_path, timing=HASTY)
     running = asyncio.create_task(supervisor.run())

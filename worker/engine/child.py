@@ -92,13 +92,13 @@ async def running(command: Command, log: EngineLog, grace_s: float) -> AsyncIter
     try:
         yield Child(process)
     finally:
+        ending = asyncio.ensure_future(_end(process, output, grace_s))
         try:
-            await _end(process, grace_s)
-        finally:
-            # The pipe is at its end once every process that holds it is gone.
-            await asyncio.wait({output}, timeout=LAUNCHER_SLACK_S)
-            output.cancel()
-            await asyncio.wait({output})
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            # Whoever cancels wants it gone, too, and gone it is only when the launcher has finished.
+            await asyncio.wait({ending})
+            raise
 
 
 async def _keep_output(process: asyncio.subprocess.Process, log: EngineLog) -> None:
@@ -109,20 +109,22 @@ async def _keep_output(process: asyncio.subprocess.Process, log: EngineLog) -> N
     log.write(lines.finish())
 
 
-async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
-    """Close the launcher's stdin and wait for it; kill the group when that takes too long or is interrupted."""
+async def _end(process: asyncio.subprocess.Process, output: asyncio.Future[None], grace_s: float) -> None:
+    """Close the launcher's stdin, which makes it end everything, and wait for it; kill the group if it does not."""
     assert process.stdin is not None
     process.stdin.close()
     try:
         async with asyncio.timeout(grace_s + LAUNCHER_SLACK_S):
             code = await process.wait()
-    except (TimeoutError, asyncio.CancelledError) as error:
+    except TimeoutError:
         _kill_group(process.pid)
-        if isinstance(error, asyncio.CancelledError):
-            raise
         code = await process.wait()
     if code < 0:
         _kill_group(process.pid)  # the launcher itself was killed and could not clean up
+    # The pipe is at its end once every process that holds it is gone.
+    await asyncio.wait({output}, timeout=LAUNCHER_SLACK_S)
+    output.cancel()
+    await asyncio.wait({output})
 
 
 def _kill_group(group: int) -> None:

@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 COULD_NOT_START = 127
 ORPHANS_GRACE_S = 2.0
-"""What an engine that crashed has left behind holds its memory and keeps its successor waiting."""
+"""What an engine that is gone has left behind holds its memory and keeps its successor waiting."""
 LINUX = sys.platform == "linux"
 
 
@@ -52,9 +52,9 @@ def main(argv: list[str]) -> int:
         print(f"cannot start {command[0]}: {error}", file=sys.stderr, flush=True)
         return COULD_NOT_START
     status = _watch(engine.pid, wakeups)
-    late = _end_all(engine.pid, wakeups, grace_s if status is None else min(grace_s, ORPHANS_GRACE_S))
+    status = _end_all(engine.pid, wakeups, grace_s, status)
     engine.returncode = 0  # reaped here; Popen must not wait for it again
-    return _exit_code(status if status is not None else late)
+    return _exit_code(status)
 
 
 def _parse(argv: list[str]) -> tuple[float, list[str]]:
@@ -87,21 +87,23 @@ def _watch(engine: int, wakeups: int) -> int | None:
             return None
 
 
-def _end_all(engine: int, wakeups: int, grace_s: float) -> int | None:
-    """SIGTERM to the group, SIGKILL to what is left after the grace; returns the engine's wait status if seen."""
-    deadline, seen = time.monotonic() + grace_s, None
+def _end_all(engine: int, wakeups: int, grace_s: float, status: int | None) -> int | None:
+    """SIGTERM to the group, SIGKILL to what is left after the grace; returns the engine's wait status, told or found."""
+    deadline, is_alone = time.monotonic() + grace_s, False
     with suppress(ProcessLookupError):
         os.killpg(0, signal.SIGTERM)
     while _has_children():
         found = _reap(engine)
-        seen = seen if found is None else found
+        status = status if found is None else found
+        if status is not None and not is_alone:
+            is_alone, deadline = True, min(deadline, time.monotonic() + ORPHANS_GRACE_S)
         if time.monotonic() >= deadline:
             _kill_below()
         # A child that ignores SIGTERM is looked at again ten times a second; one that dies wakes us by SIGCHLD.
         select.select([wakeups], [], [], 0.1)
         with suppress(BlockingIOError):
             os.read(wakeups, 4096)
-    return seen
+    return status
 
 
 def _reap(engine: int) -> int | None:
