@@ -39,14 +39,14 @@ class Probe:
 
     async def health(self) -> None:
         """Return when the engine is loaded and alive. Raises Unanswered or Refused."""
-        status = 404
+        status, path = 404, "/health"
         for path in self._engine.health_paths:
             status, _ = await self._get(path)
             if status == 200:
                 return
             if status not in NO_SUCH_ROUTE:
                 break
-        raise Unanswered(f"its health check says {status}")
+        raise Unanswered(_refusal(path, status) if status in KEY_REFUSED else f"its health check says {status}")
 
     async def listing(self) -> tuple[ListedModel, ...]:
         """What `/v1/models` lists; nothing when the server has no such route. Raises EngineError."""
