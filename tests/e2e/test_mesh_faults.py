@@ -204,14 +204,14 @@ async def test_drained_proxy_finishes_its_stream_and_exits_cleanly(small: SmallM
     outcome = await stream
     assert outcome.done
     assert not outcome.broken
-    assert await small.proxy.terminate() == 0
+    assert await asyncio.wait_for(small.proxy.process.wait(), 60) == 0
 
 
 async def test_crashed_engine_is_restarted_and_announced_as_not_ready_meanwhile(deployment: Deployment) -> None:
     await deployment.bootstrap()
     proxy = await deployment.proxy()
     command = f"{_python()} {_fake_engine()}"
-    worker = await deployment.worker("w1", "--engine", "vllm", "--vllm-command", command, "--model", "fake", "--served-name", "fake", "--")
+    worker = await deployment.worker("w1", "--engine", "vllm", "--vllm-command", command, "--model", "test/fake", "--served-name", "fake", "--")
     await deployment.until_ready(proxy, worker)
     key = deployment.key()
     engine = next(
@@ -237,7 +237,7 @@ async def test_no_engine_outlives_a_killed_worker(deployment: Deployment) -> Non
     await deployment.bootstrap()
     proxy = await deployment.proxy()
     command = f"{_python()} {_fake_engine()}"
-    worker = await deployment.worker("w1", "--engine", "vllm", "--vllm-command", command, "--model", "fake", "--served-name", "fake", "--")
+    worker = await deployment.worker("w1", "--engine", "vllm", "--vllm-command", command, "--model", "test/fake", "--served-name", "fake", "--")
     await deployment.until_ready(proxy, worker)
     children = _descendants(worker.process.pid)
     assert children
