@@ -10,6 +10,7 @@ import asyncio
 import json
 import ssl
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,17 @@ from mesh.trust import Role
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 16 * 1024
-MAX_CONNECTIONS = 1024
-CONNECTION_S = 20.0
-"""From the end of the handshake to the last byte of the answer, headers and body of the request in between."""
-BODY_S = 10.0
-HANDSHAKE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """What one stranger may cost. ``connection_s`` runs from the end of the handshake to the last byte of the answer."""
+
+    connections: int = 1024
+    handshake_s: float = 10.0
+    connection_s: float = 20.0
+    body_s: float = 10.0
+
 
 _STATUS: tuple[tuple[type[MeshError], int], ...] = (
     (BodyTooLarge, 413),
@@ -65,9 +72,18 @@ Handler = Callable[[web.BaseRequest], Awaitable[dict[str, Any]]]
 class EnrolServer:
     """The HTTPS side of a bootstrap node."""
 
-    def __init__(self, desk: Desk, identity: Identity, directory: Path, clock: Clock) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        identity: Identity,
+        directory: Path,
+        clock: Clock,
+        *,
+        limits: ServerLimits = ServerLimits(),
+        attempts: AttemptLimit | None = None,
+    ) -> None:
         self._desk, self._identity, self._directory, self._clock = desk, identity, directory, clock
-        self._limit = AttemptLimit()
+        self._limits, self._attempts = limits, attempts or AttemptLimit()
         self._routes: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", self._health),
             MESH_PATH: ("GET", self._about),
@@ -81,9 +97,9 @@ class EnrolServer:
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port. Raises `OSError`."""
-        self._front = _Front(self._answer, access_log=None, lingering_time=0.0, keepalive_timeout=1.0)
+        self._front = _Front(self._answer, self._limits)
         self._server = await asyncio.get_running_loop().create_server(
-            self._front, host, port, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S, backlog=256
+            self._front, host, port, ssl=self._context, ssl_handshake_timeout=self._limits.handshake_s, backlog=256
         )
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -142,17 +158,17 @@ class EnrolServer:
         return self._desk.about()
 
     async def _enrol(self, request: web.BaseRequest) -> dict[str, Any]:
-        self._limit.take(request.remote or "", now=self._clock.monotonic())
-        return await self._desk.enrol(await _read_json(request))
+        self._attempts.take(request.remote or "", now=self._clock.monotonic())
+        return await self._desk.enrol(await self._read_json(request))
 
     async def _renew(self, request: web.BaseRequest) -> dict[str, Any]:
         peer = self._peer(request)
-        return self._desk.renew(peer, await _read_json(request))
+        return self._desk.renew(peer, await self._read_json(request))
 
     async def _spent(self, request: web.BaseRequest) -> dict[str, Any]:
         if (role := self._peer(request).role) != Role.BOOTSTRAP:
             raise UnknownSigner(f"only bootstrap nodes tell each other of spent tokens, and this is a {role}")
-        return await self._desk.spent(await _read_json(request))
+        return await self._desk.spent(await self._read_json(request))
 
     def _peer(self, request: web.BaseRequest) -> Peer:
         tls = request.transport.get_extra_info("ssl_object") if request.transport is not None else None
@@ -161,32 +177,35 @@ class EnrolServer:
             raise InvalidKey("this needs the node's present certificate (mutual TLS)")
         return peer_of(certificate, self._identity.mesh_id)
 
+    async def _read_json(self, request: web.BaseRequest) -> dict[str, Any]:
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                async for chunk in request.content.iter_any():
+                    data += chunk
+                    if len(data) > MAX_BODY_BYTES:
+                        raise BodyTooLarge(f"the body may be at most {MAX_BODY_BYTES} bytes")
+        except TimeoutError:
+            raise UpstreamTimeout("the body did not arrive in time") from None
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            raise InvalidRequest("the body is not JSON") from None
+        if not isinstance(body, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        return body
+
 
 class _Front(web.Server):
     """aiohttp has no deadline for headers: here the whole connection has one, and there is a cap on how many there are."""
 
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], limits: ServerLimits) -> None:
+        super().__init__(handler, access_log=None, lingering_time=0.0, keepalive_timeout=1.0)
+        self._limits = limits
+
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self._limits.connections:
             transport.abort()
         else:
-            asyncio.get_running_loop().call_later(CONNECTION_S, transport.abort)
-
-
-async def _read_json(request: web.BaseRequest) -> dict[str, Any]:
-    data = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.content.iter_any():
-                data += chunk
-                if len(data) > MAX_BODY_BYTES:
-                    raise BodyTooLarge(f"the body may be at most {MAX_BODY_BYTES} bytes")
-    except TimeoutError:
-        raise UpstreamTimeout("the body did not arrive in time") from None
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        raise InvalidRequest("the body is not JSON") from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    return body
+            asyncio.get_running_loop().call_later(self._limits.connection_s, transport.abort)

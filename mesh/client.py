@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import ssl
 import tomllib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from mesh.errors import ApiError, ConfigError, UsageError
+from mesh.https import plain_reason
 from mesh.identity import write_private
 
 CLIENT_FILE = "client.toml"
@@ -138,11 +139,9 @@ class Client:
         except TimeoutError:
             raise ApiError(f"{self._settings.url} has been silent for too long; `mesh status` shows how it is") from None
         except aiohttp.ClientConnectorError as error:
-            number = error.os_error.errno
-            reason = os.strerror(number).lower() if number else str(error.os_error)
-            raise ApiError(
-                f"cannot reach {self._settings.url} ({reason}): is the proxy running? `mesh up` starts a mesh on this machine"
-            ) from None
+            reason = plain_reason(error.os_error)
+            hint = "" if isinstance(error.os_error, ssl.SSLError) else ": is the proxy running? `mesh up` starts a mesh on this machine"
+            raise ApiError(f"cannot reach {self._settings.url} ({reason}){hint}") from None
         except aiohttp.ClientError as error:
             raise ApiError(f"the connection to {self._settings.url} broke: {error or type(error).__name__}") from None
 

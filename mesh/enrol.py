@@ -126,20 +126,29 @@ async def enrol(token: JoinToken, key: Ed25519PrivateKey, bootstraps: tuple[str,
         Identity(key, admitted.credentials, mesh_id=token.mesh_id, now=clock.wall())  # raises where it does not hold
         return admitted
 
-    return await _any_bootstrap(attempt, bootstraps, clock=clock, rng=rng, stop=_stop_after(clock, ENROL_FOR_S), pauses_s=(0.25, 5.0))
+    return await any_bootstrap(attempt, bootstraps, clock=clock, rng=rng, stop=_stop_after(clock, ENROL_FOR_S), pauses_s=(0.25, 5.0))
 
 
-async def keep_renewed(identity: Identity, store: IdentityStore, bootstraps: tuple[str, ...], clock: Clock, rng: random.Random) -> None:
-    """A task for as long as the node runs: renew at half life, at any bootstrap node, again and again.
+async def keep_renewed(
+    identity: Identity,
+    store: IdentityStore,
+    bootstraps: tuple[str, ...],
+    clock: Clock,
+    rng: random.Random,
+    *,
+    renewed: Callable[..., Awaitable[Admitted]] | None = None,
+) -> None:
+    """A task for as long as the node runs: `renew` at half life, at any bootstrap node, again and again.
 
     Ends only with an `EnrolError`, when the certificate ran out because no bootstrap node answered all that time.
     """
+    renewed = renewed or renew
     while True:
         member = identity.membership
         life_s = member.expires - member.issued
         due = member.issued + life_s * (RENEW_AT + rng.uniform(-RENEW_JITTER, RENEW_JITTER))
         await clock.sleep(max(0.0, due - clock.wall()))
-        admitted = await renew(identity, store.directory, bootstraps, clock=clock, rng=rng)
+        admitted = await renewed(identity, store.directory, bootstraps, clock=clock, rng=rng)
         bootstraps = admitted.bootstraps or bootstraps
         await asyncio.to_thread(store.save, admitted.credentials, identity.mesh_id)
         await asyncio.to_thread(remember_bootstraps, store.directory, bootstraps)
@@ -161,7 +170,7 @@ async def renew(identity: Identity, directory: Path, bootstraps: tuple[str, ...]
     def over(_state: tenacity.RetryCallState) -> bool:
         return clock.wall() >= expires
 
-    return await _any_bootstrap(attempt, bootstraps, clock=clock, rng=rng, stop=over, pauses_s=RENEW_RETRY_S, refusals=False)
+    return await any_bootstrap(attempt, bootstraps, clock=clock, rng=rng, stop=over, pauses_s=RENEW_RETRY_S, refusals=False)
 
 
 def remember_bootstraps(directory: Path, addresses: Iterable[str]) -> None:
@@ -174,9 +183,10 @@ def known_bootstraps(config: NodeConfig) -> tuple[str, ...]:
         return config.bootstrap
     try:
         stored = json.loads((config.state_dir / _PEERS_FILE).read_bytes())
-        return tuple(str(parse_address(text)) for text in stored)
-    except (OSError, ValueError, TypeError, UsageError):
-        return parse_token(config.join).bootstraps if config.join else ()
+        remembered = tuple(_addresses(stored)) if isinstance(stored, list) else ()
+    except (OSError, ValueError):
+        remembered = ()
+    return remembered or (parse_token(config.join).bootstraps if config.join else ())
 
 
 def _token(config: NodeConfig, role: Role) -> JoinToken | None:
@@ -237,7 +247,7 @@ def _addresses(texts: list[Any]) -> Iterator[str]:
             yield str(parse_address(str(text)))
 
 
-async def _any_bootstrap(
+async def any_bootstrap(
     attempt: Callable[[str], Awaitable[Admitted]],
     bootstraps: tuple[str, ...],
     *,

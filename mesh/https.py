@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,8 +104,14 @@ def _describe(error: Exception, deadline_s: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {deadline_s:g} s"
     if isinstance(error, aiohttp.ClientConnectorError):
-        number = error.os_error.errno
-        return f"cannot connect ({os.strerror(number).lower() if number else error.os_error})"
+        return f"cannot connect ({plain_reason(error.os_error)})"
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "it closed the connection (is this node's certificate still good?)"
     return str(error) or type(error).__name__
+
+
+def plain_reason(error: OSError) -> str:
+    """Why a connection failed, without the names of C files and the errno of something else."""
+    if isinstance(error, ssl.SSLError):
+        return re.sub(r"^\[[^\]]*\] *| *\(_ssl\.c:\d+\)$", "", str(error))
+    return os.strerror(error.errno).lower() if error.errno else str(error)
