@@ -204,7 +204,7 @@ async def test_draining_engine_that_crashes_is_not_restarted(spec: Callable[...,
 async def test_stop_ends_an_engine_deaf_to_sigterm_and_what_it_left_in_another_session(
     spec: Callable[..., EngineSpec], tmp_path: Path
 ) -> None:
-    async with supervised(spec("--deaf-to-sigterm", "--grandchild"), tmp_path) as (supervisor, _):
+    async with supervised(spec("--deaf-to-sigterm", "--grandchild", "session"), tmp_path) as (supervisor, _):
         await supervisor.wait_ready()
         pids = [told(supervisor, "pid"), told(supervisor, "grandchild")]
     for pid in pids:
@@ -212,7 +212,7 @@ async def test_stop_ends_an_engine_deaf_to_sigterm_and_what_it_left_in_another_s
 
 
 async def test_stop_while_a_crashed_engine_is_cleared_up_leaves_nothing(spec: Callable[..., EngineSpec], tmp_path: Path) -> None:
-    async with supervised(spec("--grandchild"), tmp_path) as (supervisor, watch):
+    async with supervised(spec("--grandchild", "session"), tmp_path) as (supervisor, watch):
         await supervisor.wait_ready()
         grandchild = told(supervisor, "grandchild")
         os.kill(told(supervisor, "pid"), signal.SIGKILL)
@@ -237,9 +237,9 @@ WORKER = """
 import asyncio, sys
 from pathlib import Path
 from worker.engine import *
-async def main(source, command, state):
+async def main(source, command, state, where):
     spec = EngineSpec(kind=EngineKind.VLLM, source=source, served_name="fake", vllm_command=command,
-                      cache_dir=Path(state), args=("--grandchild", "--deaf-to-sigterm"))
+                      cache_dir=Path(state), args=("--grandchild", where, "--deaf-to-sigterm"))
     supervisor = Supervisor(make_engine(spec), state_dir=Path(state), timing=Timing(grace_s=0.5))
     async with asyncio.TaskGroup() as group:
         group.create_task(supervisor.run())
@@ -249,11 +249,15 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("also_launcher", [False, True], ids=["worker", "worker and launcher"])
-async def test_worker_killed_leaves_no_engine_behind(also_launcher: bool, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "also_launcher"),
+    [("session", False), ("group", False), ("group", True)],
+    ids=["child in another session", "child in its group", "launcher killed, too"],
+)
+async def test_worker_killed_leaves_no_engine_behind(where: str, also_launcher: bool, model: Path, tmp_path: Path) -> None:
     command = shlex.join([sys.executable, str(FAKE)])
     worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WORKER, str(model), command, str(tmp_path)),
+        *(sys.executable, "-c", WORKER, str(model), command, str(tmp_path), where),
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=asyncio.subprocess.PIPE,
@@ -274,10 +278,7 @@ async def test_worker_killed_leaves_no_engine_behind(also_launcher: bool, model:
         await worker.wait()
     await gone(launcher)
     await gone(engine)
-    if also_launcher:
-        os.kill(grandchild, signal.SIGKILL)  # left its group and lost everybody who knew it: not ours to find
-    else:
-        await gone(grandchild)
+    await gone(grandchild)
 
 
 async def test_launcher_killed_takes_the_engine_along_and_the_worker_starts_another(

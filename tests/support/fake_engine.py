@@ -638,7 +638,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load-s", type=float, default=0.0, help="pretend to load for so long before listening")
     parser.add_argument("--crash-after-s", type=float, help="exit with status 3 after so long")
     parser.add_argument("--deaf-to-sigterm", action="store_true", help="ignore SIGTERM")
-    parser.add_argument("--grandchild", action="store_true", help="start a child that ignores SIGTERM, in a session of its own")
+    parser.add_argument(
+        "--grandchild",
+        choices=["group", "session"],
+        help="start a child that ignores SIGTERM, in the engine's process group or in a session of its own",
+    )
     return parser.parse_known_args(argv)[0]
 
 
@@ -670,7 +674,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if args.grandchild:
         stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-        child = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True)
+        child = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=args.grandchild == "session")
         print(json.dumps({"grandchild": child.pid}), flush=True)
     time.sleep(args.load_s)
     asyncio.run(serve(args))

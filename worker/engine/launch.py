@@ -6,8 +6,9 @@ and ends everything below it when the pipe closes, which the kernel does however
 
     python -I -S launch.py [--grace-s S] -- ENGINE ARG…
 
-The launcher leads a session and process group that the engine shares, so the worker can end the group even when the
-launcher itself was killed. On Linux it also adopts descendants that left the group.
+The launcher leads a session and process group that the engine shares. On Linux it also adopts descendants that left the
+group. Should the launcher itself be killed, even together with the worker (`pkill -9 -f` of a common path), a shell of
+its own, which waits at another pipe for nothing else, kills the group.
 Everything below gets SIGTERM when stdin closes, on SIGTERM, and when the engine exits; what is left after the grace
 gets SIGKILL. Exit status: the engine's own, 128+N when signal N ended it, 127 when it could not be started.
 
@@ -46,14 +47,17 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: the engine must not inherit deafness
     if LINUX:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    guard = _post_guard()
     try:
         engine = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_launcher if LINUX else None)
     except OSError as error:
         print(f"cannot start {command[0]}: {error}", file=sys.stderr, flush=True)
+        _dismiss(guard)
         return COULD_NOT_START
     status = _watch(engine.pid, wakeups)
-    status = _end_all(engine.pid, wakeups, grace_s, status)
+    status = _end_all(engine.pid, guard.pid, wakeups, grace_s, status)
     engine.returncode = 0  # reaped here; Popen must not wait for it again
+    _dismiss(guard)
     return _exit_code(status)
 
 
@@ -75,6 +79,26 @@ def _die_with_launcher() -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _post_guard() -> subprocess.Popen[bytes]:
+    """A shell outside of the group that kills the group when its stdin ends without a word."""
+    return subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _ || kill -KILL "-$0"', str(os.getpgrp())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    assert guard.stdin is not None
+    with suppress(OSError):
+        os.write(guard.stdin.fileno(), b"\n")
+    with suppress(ChildProcessError):
+        os.waitpid(guard.pid, 0)
+    guard.returncode = 0  # reaped here, as the engine
+
+
 def _watch(engine: int, wakeups: int) -> int | None:
     """Wait until the engine ends (its wait status) or is to be ended (None)."""
     while True:
@@ -87,23 +111,27 @@ def _watch(engine: int, wakeups: int) -> int | None:
             return None
 
 
-def _end_all(engine: int, wakeups: int, grace_s: float, status: int | None) -> int | None:
+def _end_all(engine: int, guard: int, wakeups: int, grace_s: float, status: int | None) -> int | None:
     """SIGTERM to the group, SIGKILL to what is left after the grace; returns the engine's wait status, told or found."""
     deadline, is_alone = time.monotonic() + grace_s, False
     with suppress(ProcessLookupError):
         os.killpg(0, signal.SIGTERM)
-    while _has_children():
+    while True:
         found = _reap(engine)
         status = status if found is None else found
+        left = [pid for pid in _descendants() if pid != guard] if LINUX else [engine] * (status is None)
+        if not left:
+            return status
         if status is not None and not is_alone:
             is_alone, deadline = True, min(deadline, time.monotonic() + ORPHANS_GRACE_S)
         if time.monotonic() >= deadline:
-            _kill_below()
+            for pid in left:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
         # A child that ignores SIGTERM is looked at again ten times a second; one that dies wakes us by SIGCHLD.
         select.select([wakeups], [], [], 0.1)
         with suppress(BlockingIOError):
             os.read(wakeups, 4096)
-    return status
 
 
 def _reap(engine: int) -> int | None:
@@ -114,23 +142,6 @@ def _reap(engine: int) -> int | None:
             if ended[0] == engine:
                 found = ended[1]
     return found
-
-
-def _has_children() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
-
-
-def _kill_below() -> None:
-    """SIGKILL to every descendant, group or not; the launcher stays to collect them."""
-    for pid in _descendants() if LINUX else ():
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
-    if not LINUX:
-        os.killpg(0, signal.SIGKILL)
 
 
 def _descendants() -> list[int]:
