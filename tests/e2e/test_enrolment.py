@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -296,6 +297,24 @@ async def test_any_answer_of_a_broken_server_is_one_clear_error(b1: Bootstrap, o
         token = _leading_to(b1, f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
         with pytest.raises(EnrolError, match="no bootstrap node admitted this node"):
             await enrol(newcomer(tmp_path, token))
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_handshakes_refuse_the_same_on_uvloop_which_has_a_tls_of_its_own(mesh: TestMesh, other: TestMesh, tmp_path: Path) -> None:
+    async def all_of_it() -> None:
+        async with (
+            Bootstrap(mesh, tmp_path / "b1", CLOCK) as b1,
+            Impostor(mesh, mesh.identity(Role.WORKER, now=time.time()), tmp_path) as mallory,
+        ):
+            assert (await enrol(newcomer(tmp_path, b1.token(), "alice"))).role == Role.WORKER
+            with pytest.raises(EnrolError, match="the peer is a worker"):
+                await enrol(newcomer(tmp_path, _leading_to(b1, mallory.address), "bob"))
+            stranger = other.identity(Role.WORKER, now=time.time())
+            with pytest.raises((aiohttp.ClientError, ConnectionError)):
+                await post(b1.address, RENEW_PATH, {}, showing(stranger, tmp_path))
+            assert (mallory.sent, b1.desk.asked) == ([], ["enrol"])
+
+    uvloop.run(all_of_it())
 
 
 # -- renewal
