@@ -19,10 +19,10 @@ from rich.console import Console
 
 from bench import infermesh, native, peers, processes
 from bench.frontdoor import handshake, measure, report
-from bench.frontdoor.target import Target, running, running_peer
+from bench.frontdoor.target import MESHES, Target, running, running_peer
 
 HERE = Path(__file__).resolve().parent
-FRONTS = ("direct", "infermesh", *peers.PEERS)
+FRONTS = ("direct", *MESHES, *peers.PEERS)
 SATURATED = 0.97
 SAMPLED_FROM = 1500
 CONCURRENCY = 32
@@ -88,11 +88,13 @@ def measure_tls(name: str, lab: measure.Lab, count: int) -> Json:
         tls = handshake.make_certificate(Path(folder))
         try:
             if name == "infermesh":
-                extra = ["--tls-cert", str(tls.cert), "--tls-key", str(tls.key)]
-                mesh = infermesh.start_infermesh([engine_url], proxy_cores=lab.proxy_cores, other_cores=lab.other_cores, extra=extra)
+                env = {"MESH_PROXY_TLS_CERT": str(tls.cert), "MESH_PROXY_TLS_KEY": str(tls.key), "SSL_CERT_FILE": str(tls.cert)}
+                wish = infermesh.Wish(
+                    engine_urls=(engine_url,), proxy_cores=lab.proxy_cores, other_cores=lab.other_cores, env=tuple(env.items())
+                )
+                mesh = infermesh.start_infermesh(wish)
                 try:
-                    port = int(mesh.base_url.split(":")[2].split("/")[0])
-                    return handshake.handshakes(port, lambda: mesh.tree("proxy"), count)
+                    return handshake.handshakes(mesh.ports[0], lambda: mesh.tree("proxy"), count)
                 finally:
                     infermesh.stop_infermesh(mesh)
             with running_peer(name, engine_url, lab.proxy_cores, tls) as (target, _):
@@ -172,7 +174,7 @@ def main(
             try:
                 with running(name, engine_port, front_cores, rest_cores) as target:
                     results["fronts"][name] = measure_front(lab, target, counts, not quick and not no_search)
-                if name != "direct" and not quick:
+                if name not in ("direct", "infermesh-proxy") and not quick:
                     results["fronts"][name]["tls"] = measure_tls(name, lab, 200)
             except (peers.Missing, infermesh.NotYet) as error:
                 results["missing"][name] = str(error)

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from bench import infermesh, peers, processes
 
 READY_TIMEOUT_S = 120
+MESHES = {"infermesh": None, "infermesh-proxy": Path(__file__).resolve().parent / "token_worker.py"}
+"""Ours, as it is and with a worker stand-in that makes the tokens itself."""
 
 
 @dataclass(kw_only=True)
@@ -68,16 +69,18 @@ def running(name: str, engine_port: int, proxy_cores: Sequence[int], other_cores
     engine_url = f"http://127.0.0.1:{engine_port}"
     if name == "direct":
         yield Target(name=name, port=engine_port)
-    elif name == "infermesh":
-        mesh = infermesh.start_infermesh([engine_url], proxy_cores=proxy_cores, other_cores=other_cores)
+    elif name in MESHES:
+        wish = infermesh.Wish(
+            engine_urls=(engine_url,), proxy_cores=tuple(proxy_cores), other_cores=tuple(other_cores), worker_program=MESHES[name]
+        )
+        mesh = infermesh.start_infermesh(wish)
         try:
-            parts = urlsplit(mesh.base_url)
             yield Target(
                 name=name,
-                port=parts.port or 80,
+                port=mesh.ports[0],
                 auth=mesh.api_key,
-                proxy_roots=mesh.pids.get("proxy", []),
-                worker_roots=mesh.pids.get("worker", []),
+                proxy_roots=mesh.pids["proxy"],
+                worker_roots=mesh.pids["worker"],
                 ready_s=mesh.up_s,
             )
         finally:

@@ -1,0 +1,114 @@
+"""A worker whose engine costs nothing: the project's own node, link and frames, and tokens made in place instead of asked for by HTTP.
+
+A Python worker that reads thousands of streams from an engine needs more of a core than the proxy in front of it. On a machine with one
+core for everything but the proxy it would be what is measured. This one takes the worker's options (`mesh-worker --help`) and replaces
+only its gateway: each step, every open stream gets a token as `engine.c` would have sent it, stamp included, all in one write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import worker.node
+from mesh.errors import WorkerError
+from mesh.link.link import IncomingStream
+from worker.cli import main
+
+STEP_S = 0.02
+BODY_DEADLINE_S = 30.0
+EVENT = (
+    b'data: {"id":"chatcmpl-%016x","object":"chat.completion.chunk","created":1790000000,"model":"bench",'
+    b'"choices":[{"index":0,"delta":{"content":"@%b"},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+ANSWER = (
+    b'{"id":"chatcmpl-%016x","object":"chat.completion","created":1790000000,"model":"bench","choices":[{"index":0,"message":'
+    b'{"role":"assistant","content":"Hello there, this is an answer of a typical short length."},"logprobs":null,'
+    b'"finish_reason":"stop"}],"usage":{"prompt_tokens":12,"completion_tokens":16,"total_tokens":28}}'
+)
+STAMP = b"%019d"
+
+
+class _Flow:
+    """One open stream of tokens: what comes before and after the stamp, and how many are left."""
+
+    __slots__ = ("after", "arrived", "before", "left", "stream", "total")
+
+    def __init__(self, stream: IncomingStream, number: int, tokens: int) -> None:
+        self.stream = stream
+        self.before, self.after = (EVENT % (number, b"\0")).split(b"\0")
+        self.left = self.total = tokens
+        self.arrived = STAMP % time.monotonic_ns()
+
+
+class TokenGateway:
+    """In the place of `worker.gateway.Gateway`."""
+
+    def __init__(self, *_engine: object, admission: Any, on_load: object, **_others: object) -> None:
+        self.admission = admission
+        self.served = 0
+        self._flows: dict[IncomingStream, _Flow] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticking: asyncio.Task[None] | None = None
+
+    def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        self._ticking = self._ticking or asyncio.create_task(self._tick())
+        task = asyncio.create_task(self._serve(stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        for task in (*self._tasks, *((self._ticking,) if self._ticking else ())):
+            task.cancel()
+
+    async def _serve(self, stream: IncomingStream) -> None:
+        try:
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                body = json.loads(await stream.read_body(max_bytes=1 << 30))
+        except (TimeoutError, ValueError):
+            stream.fail(WorkerError("no body"))
+            return
+        self.served += 1
+        stream.accept()
+        if body.get("stream"):
+            stream.send_head({"status": 200, "type": "text/event-stream"})
+            self._flows[stream] = _Flow(stream, self.served, int(body.get("max_tokens") or 16))
+            return
+        answer = ANSWER % self.served
+        stream.send_head({"status": 200, "type": "application/json", "length": len(answer)})
+        await stream.send(answer)
+        stream.end({"prompt_tokens": 12, "completion_tokens": 16, "total_tokens": 28})
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            due = max(due + STEP_S, loop.time())
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            stamp = STAMP % time.monotonic_ns()
+            over = [stream for stream, flow in self._flows.items() if not self._step(stream, flow, stamp)]
+            for stream in over:
+                del self._flows[stream]
+
+    def _step(self, stream: IncomingStream, flow: _Flow, stamp: bytes) -> bool:
+        """Send a token; whether more are to come. A stream without credit skips the step."""
+        if stream.done:
+            return False
+        if flow.arrived:
+            stamp, flow.arrived = stamp + b"," + flow.arrived, b""
+        if stream.send_now(flow.before + stamp + flow.after):
+            flow.left -= 1
+        if flow.left:
+            return True
+        if stream.send_now(b"data: [DONE]\n\n"):
+            stream.end({"prompt_tokens": 12, "completion_tokens": flow.total, "total_tokens": 12 + flow.total})
+            return False
+        flow.left = 1
+        return True
+
+
+if __name__ == "__main__":
+    setattr(worker.node, "Gateway", TokenGateway)  # noqa: B010
+    main()
