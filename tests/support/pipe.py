@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -419,8 +419,8 @@ class Party:
         self.ttl_s = 20.0
         directory.mkdir(parents=True, exist_ok=True)
         tls = TlsContexts(identity, directory)
-        leaf = x509.load_pem_x509_certificate(identity.credentials.certificate_chain).public_bytes(Encoding.DER)
-        loop.certificates[tls.client] = loop.certificates[tls.server] = leaf
+        self.certificate = x509.load_pem_x509_certificate(identity.credentials.certificate_chain).public_bytes(Encoding.DER)
+        loop.certificates[tls.client] = loop.certificates[tls.server] = self.certificate
         self.peers = Peers(
             identity,
             tls,
@@ -462,10 +462,6 @@ class Party:
 
     def link_to(self, other: Party) -> Link:
         return self.peers.links[other.node_id]
-
-
-def running_loop() -> StreamLoop:
-    return cast(StreamLoop, asyncio.get_running_loop())
 
 
 def run_streams(main: Callable[[StreamLoop], Any]) -> None:
