@@ -16,9 +16,10 @@ import structlog
 
 from mesh.clock import Clock
 from mesh.dht.config import DirectoryConfig
-from mesh.dht.keys import MAX_LEVEL, indexes, level_of, rank, shard_of, sub_shards
+from mesh.dht.keys import MAX_LEVEL, indexes, level_of, shard_of, sub_shards
 from mesh.dht.node import DhtNode
 from mesh.dht.routing import Contact
+from mesh.dht.verify import Verifier
 from mesh.errors import TrustError
 from mesh.identity import Identity
 from mesh.records import Record, directory_key, newest
@@ -27,6 +28,9 @@ from mesh.trust import Role
 __all__ = ["Directory", "DirectoryConfig", "PeerInfo"]
 
 log = structlog.get_logger(__name__)
+
+_LEVELS = 3
+"""An index that has overflowed may take so many look-ups one after the other."""
 
 OnChange = Callable[[Record], None]
 
@@ -61,7 +65,11 @@ class _Read:
 
 
 class Directory:
-    """One node's access to the directory. ``serve=False`` for a node that others cannot reach: it asks and stores, and holds nothing."""
+    """One node's access to the directory.
+
+    ``serve=False`` for a node that others cannot reach: it asks and stores, and holds nothing. Several nodes in one process may share
+    a ``verifier``, so that each signature is checked once.
+    """
 
     def __init__(
         self,
@@ -73,13 +81,16 @@ class Directory:
         rng: random.Random,
         serve: bool = True,
         config: DirectoryConfig = DirectoryConfig(),  # noqa: B008 - frozen
+        verifier: Verifier | None = None,
     ) -> None:
         self._clock = clock
         self._rng = rng
         self._config = config
         self._views: dict[Role, _View] = {}
         self._shards: dict[tuple[str, str], dict[int, None]] = {}
-        self.node = DhtNode(identity, bootstraps=bootstraps, state_dir=state_dir, clock=clock, rng=rng, serve=serve, config=config)
+        self.node = DhtNode(
+            identity, bootstraps=bootstraps, state_dir=state_dir, clock=clock, rng=rng, serve=serve, config=config, verifier=verifier
+        )
         self.node.hear(self.observe)
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
@@ -196,11 +207,12 @@ class Directory:
     async def _read_index(self, kind: str, name: str) -> list[_Read]:
         """Read a key and, where it has overflowed, its sub-keys: those known from the last time at once, new ones as they show."""
         index = (kind, name)
-        deadline = self._clock.monotonic() + self._config.lookup_timeout_s
+        deadline = self._clock.monotonic() + _LEVELS * self._config.lookup_timeout_s
         reads: dict[int, _Read] = {}
         wave = [0, *self._shards.get(index, {})]
         while wave and (left_s := deadline - self._clock.monotonic()) > 0:
-            done = await asyncio.gather(*(self._read(directory_key(kind, name, shard), left_s) for shard in wave))
+            timeout_s = min(left_s, self._config.lookup_timeout_s)
+            done = await asyncio.gather(*(self._read(directory_key(kind, name, shard), timeout_s) for shard in wave))
             reads |= zip(wave, done, strict=True)
             wave = [shard for shard in _under(reads) if shard not in reads]
         self._shards[index] = dict.fromkeys(_under(reads))
@@ -210,7 +222,7 @@ class Directory:
         """What the network and we ourselves hold under a key."""
         found: dict[bytes, Record] = {}
 
-        def accept(data: bytes, remaining_s: float, source: bytes) -> bytes | None:
+        def accept(data: bytes, remaining_s: float, source: bytes) -> Record | None:
             try:
                 record = self.node.check(data, remaining_s)
             except TrustError as error:
@@ -219,7 +231,7 @@ class Directory:
             known = found.get(data)
             if known is None or record.expires > known.expires:
                 found[data] = record
-            return rank(record.node_id)
+            return record
 
         outcome = await self.node.crawl(key, accept=accept, timeout_s=timeout_s)
         self.node.counts.add("lookup_ms", round(outcome.elapsed_s * 1000))

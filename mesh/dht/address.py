@@ -44,8 +44,12 @@ def parse_address(data: bytes, at: int) -> tuple[Address, int]:
     end = at + 1 + size + 2
     if size not in (4, 16) or end > len(data):
         raise MalformedEnvelope("bad address")
-    host = str(ipaddress.ip_address(data[at + 1 : at + 1 + size]))
-    return normalise(host, int.from_bytes(data[at + 1 + size : end])), end
+    return _decode(data[at + 1 : end]), end
+
+
+@lru_cache(maxsize=65_536)
+def _decode(packed: bytes) -> Address:
+    return normalise(str(ipaddress.ip_address(packed[:-2])), int.from_bytes(packed[-2:]))
 
 
 @lru_cache(maxsize=65_536)

@@ -47,7 +47,7 @@ class DirectoryConfig:
     """Peers whose pair key is remembered; the least recently used goes first."""
     requests_per_s: float = 400.0
     """Requests served per peer and second, with a burst of twice that."""
-    introductions_per_s: float = 400.0
+    introductions_per_s: float = 1_500.0
     """New introductions verified per second (200 µs each), from everybody together."""
     probe_interval_s: float = 2.0
     """One contact that has been silent longest is probed this often."""

@@ -10,30 +10,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
-from heapq import nsmallest
-from typing import Any
 
 import msgpack
 
 from mesh.clock import Clock
+from mesh.dht.collect import Accept, Collector
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.peers import PeerMemory
-from mesh.dht.protocol import MeshProtocol, Op, parse_found
+from mesh.dht.protocol import MeshProtocol, Op
 from mesh.dht.routing import Contact, parse_contacts
 from mesh.dht.rpc import Reply
 from mesh.errors import TrustError
 
 _MAX_CANDIDATES = 256
 _MAX_HOPS_LOGGED = 200
-_MAX_PAGES = 16
+_FIRST_PARTS = 3
 _WORTHLESS_AFTER = 3
-
-Accept = Callable[[bytes, float, bytes], bytes | None]
-"""Takes a record's bytes, what remains of its life in seconds, and who gave it. Returns its rank, or None if it does not hold."""
 
 
 class Fate(Enum):
@@ -70,12 +67,29 @@ class Outcome:
     hops: list[Hop]
 
 
-@dataclass(slots=True, eq=False)
 class _Path:
-    number: int
-    candidates: dict[bytes, Contact] = field(default_factory=dict)
-    tellers: dict[bytes, bytes] = field(default_factory=dict)
-    in_flight: int = 0
+    """What one path has been told of, nearest first, and by whom."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.tellers: dict[bytes, bytes] = {}
+        self.in_flight = 0
+        self._order: list[int] = []
+        self._contacts: list[Contact] = []
+
+    def add(self, contact: Contact, distance: int, teller: bytes) -> None:
+        if contact.id in self.tellers or (len(self._order) >= _MAX_CANDIDATES and distance >= self._order[-1]):
+            return
+        at = bisect(self._order, distance)
+        self._order.insert(at, distance)
+        self._contacts.insert(at, contact)
+        self.tellers[contact.id] = teller
+        if len(self._order) > _MAX_CANDIDATES:
+            self._order.pop()
+            del self.tellers[self._contacts.pop().id]
+
+    def __iter__(self) -> Iterator[Contact]:
+        return iter(self._contacts)
 
 
 class Crawl:
@@ -98,13 +112,13 @@ class Crawl:
         self._clock = clock
         self._key = key
         self._goal = int.from_bytes(key)
-        self._accept = accept
+        self._collector: Collector | None = None
+        if accept is not None:
+            self._collector = Collector(protocol, memory, clock, key=key, accept=accept, on_change=self._pump)
         self._width = width or config.read_width
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []
         self._worthless: dict[bytes, int] = {}
-        self._full = False
-        self._holders: list[Contact] = []
         self._began = clock.monotonic()
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -115,7 +129,7 @@ class Crawl:
         count = max(1, min(self._config.paths, len(seeds)))
         self._paths = [_Path(number) for number in range(count)]
         for at, contact in enumerate(seeds):
-            self._paths[at % count].candidates[contact.id] = contact
+            self._paths[at % count].add(contact, self._distance(contact), b"")
         deadline = asyncio.get_running_loop().call_later(timeout_s, self._finish, False)
         self._pump()
         try:
@@ -125,16 +139,25 @@ class Crawl:
             for timer in self._timers.values():
                 timer.cancel()
             self._finish(False)
+            if self._collector is not None:
+                self._collector.stop()
         answered = [hop.contact for hop in self._hops.values() if hop.fate is Fate.ANSWERED]
         return Outcome(
             key=self._key,
             nearest=sorted(answered, key=self._distance),
-            holders=self._holders,
-            full=self._full,
+            holders=self._collector.holders if self._collector is not None else [],
+            full=self._collector is not None and self._collector.full,
             complete=complete,
             elapsed_s=self._clock.monotonic() - self._began,
-            hops=list(self._hops.values())[:_MAX_HOPS_LOGGED],
+            hops=self._report(),
         )
+
+    def _report(self) -> list[Hop]:
+        hops = list(self._hops.values())[:_MAX_HOPS_LOGGED]
+        if self._collector is not None:
+            for hop in hops:
+                hop.records = self._collector.records.get(hop.contact.id, 0)
+        return hops
 
     def _distance(self, contact: Contact) -> int:
         return contact.long_id ^ self._goal
@@ -150,7 +173,8 @@ class Crawl:
         waiting = False
         for path in self._paths:
             waiting = self._pump_path(path) or waiting
-        if not waiting and not self._wants_latecomers():
+        busy = self._collector is not None and self._collector.busy
+        if not waiting and not busy and not self._wants_latecomers():
             self._finish(True)
 
     def _wants_latecomers(self) -> bool:
@@ -175,29 +199,30 @@ class Crawl:
     def _frontier(self, path: _Path) -> list[Contact]:
         """The nearest nodes that count: asked ones that failed or are late do not, nor those that keep silent lately."""
         now = self._clock.monotonic()
-
-        def counts(contact: Contact) -> bool:
+        found: list[Contact] = []
+        for contact in path:
             hop = self._hops.get(contact.id)
             if hop is not None:
-                return hop.fate in (Fate.WAITING, Fate.ANSWERED)
-            teller = path.tellers.get(contact.id)
-            if teller is not None and self._worthless.get(teller, 0) >= _WORTHLESS_AFTER:
-                return False
-            return not self._memory.shunned(contact.id, now)
-
-        return nsmallest(self._width, filter(counts, path.candidates.values()), key=self._distance)
+                if hop.fate is Fate.LATE or hop.fate is Fate.FAILED:
+                    continue
+            elif self._worthless.get(path.tellers[contact.id], 0) >= _WORTHLESS_AFTER or self._memory.shunned(contact.id, now):
+                continue
+            found.append(contact)
+            if len(found) == self._width:
+                break
+        return found
 
     def _ask(self, contact: Contact, path: _Path) -> None:
         hop = self._hops[contact.id] = Hop(contact=contact, path=path.number, asked_s=self._clock.monotonic() - self._began)
         path.in_flight += 1
-        if self._accept is None:
-            future = self._protocol.request(contact.address, Op.FIND_NODE, msgpack.packb([self._key]), node_id=contact.id)
+        if self._collector is None:
+            op, body = Op.FIND_NODE, msgpack.packb([self._key])
         else:
-            body = msgpack.packb([self._key, b"", True])
-            future = self._protocol.request(contact.address, Op.FIND_VALUE, body, node_id=contact.id)
+            op, body = Op.FIND_VALUE, msgpack.packb([self._key, b"", True, b"", _FIRST_PARTS])
+        future = self._protocol.request(contact.address, op, body, node_id=contact.id)
         patience_s = self._memory.patience_s(contact.id)
         self._timers[contact.id] = asyncio.get_running_loop().call_later(patience_s, self._late, hop, path)
-        future.add_done_callback(partial(self._on_reply, hop, path, 0))
+        future.add_done_callback(partial(self._on_reply, hop, path))
 
     def _late(self, hop: Hop, path: _Path) -> None:
         if hop.fate is Fate.WAITING:
@@ -205,82 +230,39 @@ class Crawl:
             path.in_flight -= 1
             self._pump()
 
-    def _on_reply(self, hop: Hop, path: _Path, page: int, future: asyncio.Future[Reply | None]) -> None:
+    def _on_reply(self, hop: Hop, path: _Path, future: asyncio.Future[Reply | None]) -> None:
         if future.cancelled() or self._done.done():
             return
         reply = future.result()
-        more = reply is not None and self._digest(hop, path, reply)
-        if reply is not None and more and page < _MAX_PAGES:
-            self._ask_more(hop, path, page + 1, more)
-            return
         if hop.fate is Fate.WAITING:
             path.in_flight -= 1
         self._timers.pop(hop.contact.id).cancel()
         hop.took_s = self._clock.monotonic() - self._began - hop.asked_s
-        if reply is None and not hop.records:
-            hop.fate = Fate.FAILED
+        hop.fate = Fate.FAILED if reply is None else Fate.ANSWERED
+        if reply is None:
             self._blame(path, hop.contact)
         else:
-            hop.fate = Fate.ANSWERED
+            self._digest(hop, path, reply)
         self._pump()
-
-    def _ask_more(self, hop: Hop, path: _Path, page: int, after: bytes) -> None:
-        """The next page from the same node. A node that is delivering is not late."""
-        self._timers[hop.contact.id].cancel()
-        if hop.fate is Fate.LATE:
-            hop.fate = Fate.WAITING
-            path.in_flight += 1
-        patience_s = 2 * self._memory.patience_s(hop.contact.id)
-        self._timers[hop.contact.id] = asyncio.get_running_loop().call_later(patience_s, self._late, hop, path)
-        body = msgpack.packb([self._key, b"" if after == _FROM_START else after, False])
-        future = self._protocol.request(hop.contact.address, Op.FIND_VALUE, body, node_id=hop.contact.id)
-        future.add_done_callback(partial(self._on_reply, hop, path, page))
 
     def _blame(self, path: _Path, contact: Contact) -> None:
         teller = path.tellers.get(contact.id)
-        if teller is not None:
+        if teller:
             self._worthless[teller] = self._worthless.get(teller, 0) + 1
 
-    def _digest(self, hop: Hop, path: _Path, reply: Reply) -> bytes:
-        """Take in a reply, part by part; a bad one is that peer's loss. Returns where to go on, or nothing."""
-        more = b""
-        for body in reply.bodies:
-            try:
-                more = self._digest_part(hop, path, body) or more
-            except TrustError as error:
-                self._protocol.counts.refuse(f"reply_{error.code}", hop.contact, now=self._clock.monotonic())
-                return b""
-        return more
-
-    def _digest_part(self, hop: Hop, path: _Path, body: list[Any]) -> bytes:
-        if self._accept is None:
-            self._learn(path, hop.contact, body[0] if body else b"")
-            return b""
-        if len(body) != 5 or not isinstance(body[4], list):
-            return b""
-        contacts, count, full, more, items = body
-        self._learn(path, hop.contact, contacts)
-        self._full = self._full or full is True
-        last = b""
-        for item in items:
-            remaining_s, data = parse_found(item)
-            found = self._accept(data, remaining_s, hop.contact.id)
-            if found is not None:
-                last = max(last, found)
-                hop.records += 1
-        if items and hop.contact not in self._holders and last:
-            self._holders.append(hop.contact)
-        if more is not True:
-            return b""
-        return last or (_FROM_START if not hop.records and count else b"")
+    def _digest(self, hop: Hop, path: _Path, reply: Reply) -> None:
+        """Take in a reply; a bad one is that peer's loss."""
+        body = reply.bodies[0]
+        try:
+            if self._collector is None:
+                self._learn(path, hop.contact, body[0] if body else b"")
+            else:
+                self._learn(path, hop.contact, self._collector.first(hop.contact, body))
+                self._collector.rest(hop.contact, reply.bodies[1:])
+        except TrustError as error:
+            self._protocol.counts.refuse(f"reply_{error.code}", hop.contact, now=self._clock.monotonic())
 
     def _learn(self, path: _Path, teller: Contact, data: object) -> None:
         for contact in parse_contacts(data, limit=self._config.k):
-            if contact.id == self._protocol.own_id or contact.id in path.candidates or len(path.candidates) >= _MAX_CANDIDATES:
-                continue
-            path.candidates[contact.id] = contact
-            path.tellers[contact.id] = teller.id
-
-
-_FROM_START = b"\x00"
-"""Asks for the first page again: the first reply had no room for a record."""
+            if contact.id != self._protocol.own_id:
+                path.add(contact, self._distance(contact), teller.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ import structlog
 
 from mesh.clock import Clock
 from mesh.dht.address import Address, is_dialable, normalise, split_host_port
+from mesh.dht.collect import Accept
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.counts import Counts
-from mesh.dht.crawl import Accept, Crawl, Outcome
+from mesh.dht.crawl import Crawl, Outcome
 from mesh.dht.mesh_time import MeshTime
 from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
@@ -37,6 +39,7 @@ log = structlog.get_logger(__name__)
 _RESOLVE_S = 3.0
 _JOIN_AT_ONCE = 16
 _SEEDS = 24
+_KEYS_REMEMBERED = 1_024
 _EXPIRE_EVERY_S = 1.0
 _SAVE_NEWS_S = 2.0
 
@@ -56,7 +59,7 @@ class DhtNode:
         rng: random.Random,
         serve: bool,
         config: DirectoryConfig,
-        members: MembershipCache | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         self.identity = identity
         self.config = config
@@ -65,10 +68,10 @@ class DhtNode:
         self.time = MeshTime(clock)
         self.memory = PeerMemory(config, rng)
         self.table = Table(identity.node_id, config)
-        self.verifier = Verifier(members or MembershipCache(identity.trust))
+        self.verifier = verifier or Verifier(MembershipCache(identity.trust))
         self.store = RecordStore(self.verifier, config)
         boot = int(clock.wall() * 1000)
-        self.sessions = Sessions(identity, self.verifier.members, boot=boot, serve=serve, size=config.max_sessions)
+        self.sessions = Sessions(identity, self.verifier, boot=boot, serve=serve, size=config.max_sessions)
         self.protocol = MeshProtocol(
             clock=clock,
             config=config,
@@ -91,6 +94,7 @@ class DhtNode:
         self._resolved: dict[Address, None] = {}
         self._remembered: dict[bytes, Contact] = {}
         self._news = False
+        self._nearest: OrderedDict[bytes, list[Contact]] = OrderedDict()
         self._joined = asyncio.Event()
         self._hearers: list[Hearer] = []
         self.store.on_change = self._on_change
@@ -122,6 +126,10 @@ class DhtNode:
         self.protocol.close()
         await self._save()
 
+    def forget_state_dir(self) -> None:
+        """Save nothing from now on: as if the power had gone."""
+        self._state_dir = None
+
     async def joined(self, timeout_s: float) -> bool:
         try:
             await asyncio.wait_for(self._joined.wait(), timeout_s)
@@ -136,11 +144,13 @@ class DhtNode:
     # looking up and storing
 
     def seeds(self, key: bytes) -> list[Contact]:
-        """Where a look-up begins: the nearest contacts, those that answer before those that lately did not."""
+        """Where a look-up begins: who stood nearest the last time, and the nearest contacts, but not those that lately kept silent."""
         now = self.clock.monotonic()
         self.table.touch(key, now)
         good = self.table.nearest(key, _SEEDS, accept=lambda contact: not self.memory.shunned(contact.id, now))
-        return good or self.table.nearest(key, _SEEDS)
+        found = {contact.id: contact for contact in self._nearest.get(key, [])}
+        found.update((contact.id, contact) for contact in good)
+        return list(found.values()) or self.table.nearest(key, _SEEDS)
 
     async def walk(self, key: bytes) -> list[Contact]:
         """The live nodes nearest to ``key``, nearest first."""
@@ -149,6 +159,10 @@ class DhtNode:
     async def crawl(self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None) -> Outcome:
         crawl = Crawl(self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width)
         outcome = await crawl.run(self.seeds(key), timeout_s=timeout_s)
+        self._nearest[key] = outcome.nearest[: self.config.k]
+        self._nearest.move_to_end(key)
+        if len(self._nearest) > _KEYS_REMEMBERED:
+            self._nearest.popitem(last=False)
         self.counts.add("lookups")
         if not outcome.complete:
             self.counts.add("lookups_cut_short")

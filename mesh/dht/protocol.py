@@ -8,7 +8,8 @@ request     body                                                reply
 =========== =================================================== ==========================================================
 PING        []                                                  []
 FIND_NODE   [target]                                            [contacts]
-FIND_VALUE  [key, rank after which to go on, contacts wanted]   [contacts, records held, full, more, [records]], in parts
+FIND_VALUE  [key, rank after which to go on, contacts wanted,   [contacts, records held, full, more, [records], fingerprint],
+            tags of the records in hand, parts wanted]          in parts
 STORE       [[keys], remaining ms, record]                      [[verdicts], [nodes known nearer to each key than this one]]
 WATCH       [[keys], lease ms]                                  [lease ms]
 NOTICE      [remaining ms, record]                              none
@@ -19,7 +20,7 @@ PROOF       [] and the cookie                                   none
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Any
 
@@ -35,13 +36,15 @@ from mesh.dht.peers import PeerMemory
 from mesh.dht.routing import ID_BYTES, Contact, Table, encode_contacts
 from mesh.dht.rpc import ProveFirst, Request, SealedRpc
 from mesh.dht.session import Session, Sessions
-from mesh.dht.storage import Held, RecordStore, Verdict
+from mesh.dht.storage import TAG_BYTES, Held, RecordStore, Verdict, covered, tag_of
 from mesh.errors import MalformedEnvelope
 from mesh.records import MAX_RECORD_BYTES
 
 _MAX_KEYS = 4
 _CONTACTS_WITH_RECORDS = 8
-_RECORDS_FRAME_BYTES = 40
+_RECORDS_FRAME_BYTES = 48
+_FEW_RECORDS = 8
+MAX_TAGS = 200
 _MAX_WATCHED_KEYS = 1_024
 _MAX_WATCHERS = 256
 
@@ -141,27 +144,34 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         return [[self._contacts(request, _key(target), self.config.k, request.room - 8)]]
 
     def rpc_find_value(self, request: Request) -> list[list[Any]]:
-        key, after, contacts_wanted = _fields(request, 3)
-        if not isinstance(after, bytes) or len(after) > ID_BYTES:
+        key, after, contacts_wanted, have, parts_wanted = _fields(request, 5)
+        if not isinstance(after, bytes) or len(after) > ID_BYTES or type(parts_wanted) is not int:
             raise MalformedEnvelope("bad place to go on")
         now = self.clock.monotonic()
         room = request.room - _RECORDS_FRAME_BYTES
         contacts = self._contacts(request, _key(key), _CONTACTS_WITH_RECORDS, room) if contacts_wanted else b""
+        most = min(request.parts, parts_wanted) if parts_wanted > 0 else request.parts
+        known = parse_tags(have)
+        if parts_wanted > 0 and self.storage.count(key) > _FEW_RECORDS:
+            most = 1
         parts: list[list[bytes]] = [[]]
-        left, more = room - len(contacts), False
+        left, more, tags = room - len(contacts), False, []
         for held in self.storage.live(key, now, after=after):
+            tags.append(held.tag)
+            if more or covered(held.tag, known):
+                continue
             item = encode_record(held, now)
             size = len(item) + 3
             if size > left:
-                if len(parts) == request.parts or size > room:
+                if len(parts) == most or size > room:
                     more = True
-                    break
+                    continue
                 parts.append([])
                 left = room
             parts[-1].append(item)
             left -= size
-        count, full = self.storage.count(key), self.storage.is_full(key, now)
-        return [[contacts if at == 0 else b"", count, full, more, items] for at, items in enumerate(parts)]
+        full, mark = self.storage.is_full(key, now), fingerprint(tags)
+        return [[contacts if at == 0 else b"", len(tags), full, more, items, mark] for at, items in enumerate(parts)]
 
     def rpc_store(self, request: Request) -> list[list[Any]]:
         keys, remaining_ms, data = _fields(request, 3)
@@ -239,6 +249,8 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
 EMPTY = msgpack.packb([])
 
+__all__ = ["EMPTY", "MAX_TAGS", "MeshProtocol", "Op", "Watchers", "encode_record", "fingerprint", "parse_found", "tag_of"]
+
 
 class Watchers:
     """Who wants to hear of changes under a key, and until when. Bounded: keys, and watchers per key."""
@@ -286,6 +298,21 @@ def parse_found(item: object) -> tuple[float, bytes]:
     if not isinstance(item, bytes) or not 2 < len(item) <= 2 + MAX_RECORD_BYTES:
         raise MalformedEnvelope("bad record in a reply")
     return int.from_bytes(item[:2]) / 1000, item[2:]
+
+
+def fingerprint(tags: Iterable[bytes]) -> bytes:
+    """One short value for a set of records, whatever their order."""
+    total = 0
+    for tag in tags:
+        total ^= int.from_bytes(tag)
+    return total.to_bytes(TAG_BYTES)
+
+
+def parse_tags(data: object) -> dict[bytes, int]:
+    """The tags of records an asker has in hand: see `covered`. Raises `MalformedEnvelope`."""
+    if not isinstance(data, bytes) or len(data) % TAG_BYTES or len(data) > MAX_TAGS * TAG_BYTES:
+        raise MalformedEnvelope("bad tags")
+    return {data[at : at + TAG_BYTES - 1]: data[at + TAG_BYTES - 1] for at in range(0, len(data), TAG_BYTES)}
 
 
 def _fields(request: Request, count: int) -> list[Any]:

@@ -14,59 +14,21 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from mesh.claims import read_bool, read_bytes, read_int
 from mesh.dht.address import Address, encode_address
+from mesh.dht.introduction import Introduction, seal_introduction
 from mesh.dht.seal import ReplayWindow
-from mesh.envelope import open_envelope, seal
-from mesh.errors import MalformedEnvelope, UnknownSigner
+from mesh.dht.verify import Verifier
+from mesh.errors import MalformedEnvelope
 from mesh.identity import Identity
-from mesh.membership import MAX_MEMBERSHIP_BYTES, Membership, MembershipCache
-from mesh.trust import load_public_key
 
-INTRODUCTION_DOMAIN = "infermesh/introduction"
-MAX_INTRODUCTION_BYTES = 500
 MAC_BYTES = 16
 COOKIE_BYTES = 16
 _COOKIE_LIFE_S = 600.0
 _ADDRESSES_PER_PEER = 4
 _SILENT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Introduction:
-    """Verified. ``boot`` is the node's start in ms; ``serve`` is False for a node that only asks."""
-
-    member: Membership
-    exchange_key: bytes
-    sid: int
-    boot: int
-    serve: bool
-    signed: bytes
-
-
-def parse_introduction(data: bytes, members: MembershipCache, *, now: float) -> Introduction:
-    """Verify an introduction. Raises a `TrustError`."""
-
-    def resolve(signer: bytes) -> Ed25519PublicKey:
-        return load_public_key(signer)
-
-    opened = open_envelope(INTRODUCTION_DOMAIN, data, resolve, max_bytes=MAX_INTRODUCTION_BYTES)
-    payload = opened.payload
-    member = members.parse(read_bytes(payload, "m", max_len=MAX_MEMBERSHIP_BYTES), now=now)
-    if member.public_key != opened.signer:
-        raise UnknownSigner("the introduction carries another node's membership")
-    return Introduction(
-        member=member,
-        exchange_key=read_bytes(payload, "x", size=32),
-        sid=read_int(payload, "s", high=2**64 - 1),
-        boot=read_int(payload, "b"),
-        serve=read_bool(payload, "v"),
-        signed=data,
-    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,9 +62,9 @@ class Session:
 class Sessions:
     """Our own introduction, and the sessions with at most ``size`` peers."""
 
-    def __init__(self, identity: Identity, members: MembershipCache, *, boot: int, serve: bool, size: int) -> None:
+    def __init__(self, identity: Identity, verifier: Verifier, *, boot: int, serve: bool, size: int) -> None:
         self._identity = identity
-        self._members = members
+        self._verifier = verifier
         self._boot = boot
         self._serve = serve
         self._size = size
@@ -115,8 +77,7 @@ class Sessions:
     def _introduce(self) -> bytes:
         public = self._exchange.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         membership = self._identity.credentials.membership
-        payload = {"m": membership, "x": public, "s": self.sid, "b": self._boot, "v": self._serve}
-        return seal(INTRODUCTION_DOMAIN, self._identity.public_key, self._identity.key, payload)
+        return seal_introduction(self._identity.key, membership, exchange_key=public, sid=self.sid, boot=self._boot, serve=self._serve)
 
     def renew(self) -> None:
         """Introduce with the membership of the day."""
@@ -151,10 +112,13 @@ class Sessions:
         ``now`` is wall time, ``at`` monotonic. A peer that has started again replaces its former session; an introduction older than a
         session in use is refused (a peer whose clock went back gets in once the former session has been silent).
         """
-        introduction = parse_introduction(data, self._members, now=now)
+        introduction = self._verifier.introduction(data, now=now)
         if introduction.sid != sid:
             raise MalformedEnvelope("the introduction belongs to another session id")
         node_id = introduction.member.node_id
+        holder = self._by_sid.get(sid)
+        if holder is not None and holder.node_id != node_id and at - holder.heard < _SILENT_S:
+            raise MalformedEnvelope("the session id belongs to another node")
         former = self._by_node.get(node_id)
         if former is not None:
             if introduction.boot < former.introduction.boot and at - former.heard < _SILENT_S:

@@ -25,6 +25,9 @@ from mesh.dht.verify import Claim, Verifier, lifetime_s, peek
 from mesh.errors import Expired, TrustError
 from mesh.records import MAX_LIFETIME_S, Record
 
+TAG_BYTES = 5
+_OVERHANG = 1.5
+
 
 class Verdict(IntEnum):
     """What became of an offered record; also its code on the wire."""
@@ -58,6 +61,10 @@ class Held:
     source: bytes
     allowed: dict[bytes, None]
     keys: dict[bytes, None] = field(default_factory=dict)
+    tag: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.tag = tag_of(self.record)
 
 
 class RecordStore(IStorage):  # type: ignore[misc]
@@ -169,7 +176,17 @@ class RecordStore(IStorage):  # type: ignore[misc]
         if key not in held.keys:
             insort(listed, entry)
             held.keys[key] = None
+            if len(listed) > self._config.shard_size * _OVERHANG:
+                self._evict(key, listed[-1][1])
         return Verdict.ACCEPTED
+
+    def _evict(self, key: bytes, node_id: bytes) -> None:
+        """Newcomers of lower rank leave the last no place, not even until it has found one in a sub-key."""
+        self._unlist(key, node_id)
+        held = self._held[node_id]
+        held.keys.pop(key, None)
+        if not held.keys:
+            self._drop(held)
 
     def _unlist(self, key: bytes, node_id: bytes) -> None:
         listed = self._index.get(key, [])
@@ -247,6 +264,17 @@ class RecordStore(IStorage):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[bytes, list[Held]]]:
         return iter([(key, self[key]) for key in self._index])
+
+
+def tag_of(record: Record) -> bytes:
+    """A short name for a record, for saying "I have this or a newer one": three bytes of the node id, one of boot, one of seq."""
+    return record.node_id[8:11] + bytes((record.boot & 0xFF, record.seq & 0xFF))
+
+
+def covered(tag: bytes, tags: dict[bytes, int]) -> bool:
+    """Whether an asker with ``tags`` (by their first four bytes, the last) has this record or a newer one of the same boot."""
+    last = tags.get(tag[:-1])
+    return last is not None and (last - tag[-1]) % 256 < 128
 
 
 def is_material(former: Record, record: Record) -> bool:

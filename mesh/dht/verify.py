@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from mesh.claims import CLOCK_SKEW_S, read_int
+from mesh.dht.introduction import Introduction, parse_introduction
 from mesh.envelope import SIGNATURE_BYTES, parse_payload, signer_of
 from mesh.errors import Expired, MalformedEnvelope
 from mesh.membership import MembershipCache
@@ -41,14 +42,26 @@ class Verifier:
     """Verifies records and remembers the last ``size`` good ones by their bytes."""
 
     def __init__(self, members: MembershipCache, *, size: int = 4_096) -> None:
-        self.members = members
+        self._members = members
         self._size = size
         self._known: OrderedDict[bytes, Record] = OrderedDict()
+        self._introductions: OrderedDict[bytes, Introduction] = OrderedDict()
         self.verified = 0
 
     def forget(self) -> None:
         """Drop every verdict: the keyset has changed."""
         self._known.clear()
+        self._introductions.clear()
+
+    def introduction(self, data: bytes, *, now: float) -> Introduction:
+        """The verified introduction. Raises a `TrustError`."""
+        known = self._introductions.get(data)
+        if known is not None and now < known.member.expires:
+            return known
+        introduction = self._introductions[data] = parse_introduction(data, self._members, now=now)
+        if len(self._introductions) > self._size:
+            self._introductions.popitem(last=False)
+        return introduction
 
     def record(self, data: bytes, claim: Claim, *, now: float) -> Record:
         """The verified record. Raises a `TrustError`.
@@ -62,7 +75,7 @@ class Verifier:
         if known is not None:
             return known
         as_of = now if now < claim.expires else now - CLOCK_SKEW_S
-        record = parse_record(data, self.members, now=as_of)
+        record = parse_record(data, self._members, now=as_of)
         self.verified += 1
         self._known[data] = record
         if len(self._known) > self._size:

@@ -1,0 +1,165 @@
+"""Collecting the records under one key from several holders without fetching each record from each of them.
+
+The first reply of a node brings a few records and a fingerprint of all it holds. One holder is then asked for everything; the
+others, where their fingerprints differ from what is in hand, for what is not in hand yet. So a key with 128 records costs one
+copy of them and a few differences, and what one holder withholds another adds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgpack
+
+from mesh.clock import Clock
+from mesh.dht.keys import rank
+from mesh.dht.peers import PeerMemory
+from mesh.dht.protocol import MAX_TAGS, MeshProtocol, Op, fingerprint, parse_found, tag_of
+from mesh.dht.routing import Contact
+from mesh.dht.rpc import Reply
+from mesh.errors import MalformedEnvelope, TrustError
+from mesh.records import Record
+
+Accept = Callable[[bytes, float, bytes], Record | None]
+"""Takes a record's bytes, what remains of its life in seconds, and who gave it. Returns the record, or None if it does not hold."""
+
+_MAX_PAGES = 16
+_PATIENCE = 3
+
+
+class Collector:
+    """The records of one look-up. ``on_change`` is called whenever `busy` may have changed."""
+
+    def __init__(
+        self, protocol: MeshProtocol, memory: PeerMemory, clock: Clock, *, key: bytes, accept: Accept, on_change: Callable[[], None]
+    ) -> None:
+        self._protocol = protocol
+        self._memory = memory
+        self._clock = clock
+        self._key = key
+        self._accept = accept
+        self._on_change = on_change
+        self._newest: dict[bytes, tuple[tuple[int, int], bytes]] = {}
+        self._waiting: dict[Contact, bytes] = {}
+        self._fetching: dict[Contact, asyncio.TimerHandle] = {}
+        self._whole = False
+        self._news = 0
+        self._last = b""
+        self.records: dict[bytes, int] = {}
+        """Good records by the id of the node that gave them."""
+        self.holders: list[Contact] = []
+        self.full = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is worth waiting for more."""
+        return bool(self._fetching or self._waiting)
+
+    def stop(self) -> None:
+        for timer in self._fetching.values():
+            timer.cancel()
+        self._fetching.clear()
+        self._waiting.clear()
+
+    def first(self, contact: Contact, body: list[Any]) -> object:
+        """Take in the first reply of a node; returns the contacts in it. Raises a `TrustError`."""
+        contacts, more, mark = self._take(contact, body)
+        if more:
+            self._waiting[contact] = mark
+            self._start()
+        return contacts
+
+    def rest(self, contact: Contact, bodies: list[list[Any]]) -> None:
+        """Take in further parts of a first reply; a bad one is that peer's loss."""
+        for body in bodies:
+            try:
+                self._take(contact, body)
+            except TrustError as error:
+                self._refuse(contact, error)
+
+    def _take(self, contact: Contact, body: list[Any]) -> tuple[object, bool, bytes]:
+        if len(body) != 6 or not isinstance(body[4], list) or not isinstance(body[5], bytes):
+            raise MalformedEnvelope("bad reply to a look-up")
+        contacts, _, full, more, items, mark = body
+        self.full = self.full or full is True
+        for item in items:
+            remaining_s, data = parse_found(item)
+            record = self._accept(data, remaining_s, contact.id)
+            if record is not None:
+                self._last = max(self._last, rank(record.node_id))
+                self._note(record)
+                self.records[contact.id] = self.records.get(contact.id, 0) + 1
+        if contact.id in self.records and contact not in self.holders:
+            self.holders.append(contact)
+        return contacts, more is True, mark
+
+    def _note(self, record: Record) -> None:
+        known = self._newest.get(record.node_id)
+        if known is None or record.order > known[0]:
+            self._newest[record.node_id] = (record.order, tag_of(record))
+            self._news += 1
+
+    def _tags(self) -> list[bytes]:
+        return [tag for _, tag in self._newest.values()]
+
+    def _start(self) -> None:
+        """Fetch from one holder first; once that is done, from all that differ."""
+        if not self._whole and self._fetching:
+            return
+        for contact, mark in list(self._waiting.items()):
+            del self._waiting[contact]
+            if mark == fingerprint(self._tags()):
+                continue
+            self._fetch(contact, 0, b"")
+            if not self._whole:
+                return
+
+    def _fetch(self, contact: Contact, page: int, after: bytes) -> None:
+        have = b"".join(self._tags()[-MAX_TAGS:])
+        future = self._protocol.request(
+            contact.address, Op.FIND_VALUE, msgpack.packb([self._key, after, False, have, 0]), node_id=contact.id
+        )
+        patience_s = _PATIENCE * self._memory.patience_s(contact.id)
+        loop = asyncio.get_running_loop()
+        self._fetching[contact] = loop.call_later(patience_s, self._late, contact)
+        future.add_done_callback(partial(self._on_reply, contact, page))
+
+    def _late(self, contact: Contact) -> None:
+        if self._fetching.pop(contact, None) is not None:
+            self._start()
+            self._on_change()
+
+    def _on_reply(self, contact: Contact, page: int, future: asyncio.Future[Reply | None]) -> None:
+        timer = self._fetching.pop(contact, None)
+        if timer is not None:
+            timer.cancel()
+        reply = None if future.cancelled() else future.result()
+        after = None if reply is None else self._digest(contact, reply)
+        if after is not None and page < _MAX_PAGES:
+            self._fetch(contact, page + 1, after)
+        elif reply is not None:
+            self._whole = True
+        self._start()
+        self._on_change()
+
+    def _digest(self, contact: Contact, reply: Reply) -> bytes | None:
+        """Take in a fetched page; returns where to go on with this holder, if it pays."""
+        before, more = self._news, False
+        self._last = b""
+        for body in reply.bodies:
+            try:
+                more = self._take(contact, body)[1] or more
+            except TrustError as error:
+                self._refuse(contact, error)
+                return None
+        if self._news == before:
+            return None
+        if not reply.complete:
+            return b""
+        return self._last if more else None
+
+    def _refuse(self, contact: Contact, error: TrustError) -> None:
+        self._protocol.counts.refuse(f"reply_{error.code}", contact, now=self._clock.monotonic())
