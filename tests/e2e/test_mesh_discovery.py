@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mesh.trust import Role
 from tests.e2e.conftest import SmallMesh, chat_body, external
 from tests.support.deployment import Deployment, until
 from tests.support.fake_engine import FakeEngine
+from tests.support.processes import listening_ports
 
 
 async def test_worker_started_later_is_found_and_used(small: SmallMesh) -> None:
@@ -43,8 +43,8 @@ async def test_outbound_worker_serves_without_a_listening_port(deployment: Deplo
         await deployment.until_ready(proxy, worker)
         key = deployment.key()
         assert (await deployment.workers(proxy, key))[worker.id]["outbound"] is True
-        assert _listening_ports(worker.process.pid) == set()
-        assert _listening_ports(proxy.process.pid), "the check sees listeners where there are some"
+        assert listening_ports(worker.process.pid) == set()
+        assert listening_ports(proxy.process.pid), "the check sees listeners where there are some"
         async with deployment.http.post(
             f"{proxy.api}/chat/completions", json=chat_body(), headers={"Authorization": f"Bearer {key}"}
         ) as response:
@@ -123,22 +123,3 @@ async def test_join_token_admits_only_as_often_as_it_says(small: SmallMesh) -> N
         small.mesh.invite = own  # type: ignore[method-assign]
     await small.mesh.until_ready(small.proxy, admitted)
     assert await asyncio.wait_for(refused.process.wait(), 60) != 0
-
-
-def _listening_ports(pid: int) -> set[int]:
-    """TCP ports a process listens on, from /proc."""
-    inodes = set()
-    for descriptor in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            target = os.readlink(f"/proc/{pid}/fd/{descriptor}")
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    ports = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                ports.add(int(fields[1].rsplit(":", 1)[1], 16))
-    return ports

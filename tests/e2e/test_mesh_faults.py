@@ -6,13 +6,16 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 
 import aiohttp
 
 from tests.e2e.conftest import SmallMesh, chat_body, external
+from tests.support import fake_engine
 from tests.support.deployment import Deployment, events, until
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode, answer_to
+from tests.support.processes import alive, command_line, descendants
 
 
 @dataclass
@@ -210,12 +213,13 @@ async def test_drained_proxy_finishes_its_stream_and_exits_cleanly(small: SmallM
 async def test_crashed_engine_is_restarted_and_announced_as_not_ready_meanwhile(deployment: Deployment) -> None:
     await deployment.bootstrap()
     proxy = await deployment.proxy()
-    command = f"{_python()} {_fake_engine()}"
-    worker = await deployment.worker("w1", "--engine", "vllm", "--vllm-command", command, "--model", "test/fake", "--served-name", "fake", "--")
+    worker = await deployment.worker(
+        "w1", "--engine", "vllm", "--vllm-command", _fake_vllm(), "--model", "test/fake", "--served-name", "fake", "--"
+    )
     await deployment.until_ready(proxy, worker)
     key = deployment.key()
     engine = next(
-        pid for pid in _descendants(worker.process.pid) if "fake_engine" in _command_line(pid) and "launch" not in _command_line(pid)
+        pid for pid in descendants(worker.process.pid) if "fake_engine" in command_line(pid) and "launch" not in command_line(pid)
     )
     os.kill(engine, signal.SIGKILL)
     states: list[str] = []
@@ -236,15 +240,16 @@ async def test_crashed_engine_is_restarted_and_announced_as_not_ready_meanwhile(
 async def test_no_engine_outlives_a_killed_worker(deployment: Deployment) -> None:
     await deployment.bootstrap()
     proxy = await deployment.proxy()
-    command = f"{_python()} {_fake_engine()}"
-    worker = await deployment.worker("w1", "--engine", "vllm", "--vllm-command", command, "--model", "test/fake", "--served-name", "fake", "--")
+    worker = await deployment.worker(
+        "w1", "--engine", "vllm", "--vllm-command", _fake_vllm(), "--model", "test/fake", "--served-name", "fake", "--"
+    )
     await deployment.until_ready(proxy, worker)
-    children = _descendants(worker.process.pid)
+    children = descendants(worker.process.pid)
     assert children
     await worker.kill()
 
     async def all_gone() -> bool:
-        return not any(_alive(pid) for pid in children)
+        return not any(alive(pid) for pid in children)
 
     await until(all_gone, what="the engine to end with its worker")
 
@@ -263,46 +268,5 @@ async def _first(*jobs: object) -> None:
         task.result()
 
 
-def _python() -> str:
-    import sys
-
-    return sys.executable
-
-
-def _fake_engine() -> str:
-    from tests.support import fake_engine
-
-    return str(fake_engine.__file__)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Children, their children and so on, from /proc."""
-    parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as file:
-                    parents[int(entry)] = int(file.read().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    found, layer = [], [pid]
-    while layer:
-        layer = [child for child, parent in parents.items() if parent in layer]
-        found += layer
-    return found
-
-
-def _command_line(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().replace(b"\x00", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+def _fake_vllm() -> str:
+    return f"{sys.executable} {fake_engine.__file__}"

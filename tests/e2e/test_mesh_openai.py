@@ -6,13 +6,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,73 +17,21 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from mesh.apikey import ApiKey
-from mesh.authority import open_mesh
+from tests.support.local_up import LocalUp, mesh_command, mesh_up
 
 MODEL = "smollm2-135m-instruct"
-
-
-@dataclass(frozen=True)
-class LocalUp:
-    """What ``mesh up --detach --json`` printed, and where it lives."""
-
-    home: Path
-    about: dict[str, Any]
-
-    @property
-    def base_url(self) -> str:
-        return str(self.about["base_url"])
-
-    @property
-    def key(self) -> str:
-        return str(self.about["api_key"])
-
-    def client(self, key: str | None = None) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url, api_key=key or self.key, max_retries=0, timeout=120)
-
-    def mint(self, **claims: Any) -> str:
-        now = time.time()
-        defaults: dict[str, Any] = {
-            "id": os.urandom(8),
-            "project": "default",
-            "roles": frozenset(["invoker"]),
-            "not_before": now - 1,
-            "expires": now + 600,
-        }
-        return open_mesh(self.home / "mesh").mint_key(ApiKey(**(defaults | claims)))
-
-    def mesh(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        return mesh_command(*arguments, home=self.home, **environ)
-
-
-def mesh_command(*arguments: str, home: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MESH_")}
-    return subprocess.run(
-        [sys.executable, "-m", "mesh", *arguments],
-        env=clean | {"MESH_HOME": str(home)} | environ,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalUp]:
-    home = tmp_path_factory.mktemp("home")
-    started = mesh_command("up", "--workers", "2", "--port", "0", "--detach", "--json", home=home)
-    assert started.returncode == 0, started.stderr
-    try:
-        yield LocalUp(home, json.loads(started.stdout))
-    finally:
-        stopped = mesh_command("down", home=home)
-    assert stopped.returncode == 0, stopped.stderr
 
 
 def chat(client: openai.OpenAI, text: str = "Say hello.", **more: Any) -> Any:
     return client.chat.completions.create(
         model=more.pop("model", MODEL), messages=[{"role": "user", "content": text}], max_tokens=more.pop("max_tokens", 12), **more
     )
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalUp]:
+    with mesh_up(tmp_path_factory.mktemp("home"), "--workers", "2") as started:
+        yield started
 
 
 def test_up_prints_one_object_with_what_a_client_and_an_operator_need(up: LocalUp) -> None:

@@ -1,0 +1,180 @@
+"""A whole mesh over two real vLLM engines. Needs `eval "$(scripts/real-vllm --export)"`; both engines share this machine's CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.support.local_up import LocalUp, mesh_up
+from tests.support.processes import descendants, listening_ports
+
+PYTHON, MODEL = os.environ.get("INFERMESH_VLLM_PYTHON"), os.environ.get("INFERMESH_VLLM_MODEL")
+NAME = "smollm2"
+
+pytestmark = [
+    pytest.mark.real_vllm,
+    pytest.mark.skipif(not (PYTHON and MODEL), reason="real vLLM is not prepared: scripts/real-vllm --export"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalUp]:
+    assert PYTHON
+    assert MODEL
+    command = shlex.join([PYTHON, "-m", "vllm.entrypoints.openai.api_server"])
+    arguments = ["--workers", "2", "--engine", "vllm", "--vllm-command", command, "--model", MODEL, "--served-name", NAME]
+    arguments += ["--", "--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "1024"]
+    environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with mesh_up(tmp_path_factory.mktemp("home"), *arguments, timeout_s=550, **environ) as started:
+        yield started
+
+
+def ask(client: openai.OpenAI, text: str, **options: Any) -> Any:
+    return client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": text}], **options)
+
+
+class Vllm:
+    """One worker's vLLM, seen from outside: its own metrics, found by the port its process listens on."""
+
+    def __init__(self, worker_pid: int) -> None:
+        self.worker_pid = worker_pid
+        urls = (f"http://127.0.0.1:{port}" for port in listening_ports(*descendants(worker_pid)))
+        self.url = next(url for url in urls if "vllm:" in _get(f"{url}/metrics"))
+
+    def metric(self, name: str) -> float:
+        found = re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? ([0-9.e+]+)$", _get(f"{self.url}/metrics"), re.MULTILINE)
+        assert found, f"vLLM shows no {name}"
+        return sum(map(float, found))
+
+
+@pytest.fixture(scope="module")
+def engines(up: LocalUp) -> list[Vllm]:
+    return [Vllm(node["pid"]) for node in up.about["nodes"] if node["role"] == "worker"]
+
+
+def total(engines: list[Vllm], name: str) -> float:
+    return sum(engine.metric(name) for engine in engines)
+
+
+def test_models_and_answers(up: LocalUp, engines: list[Vllm]) -> None:
+    client = up.client()
+    assert [model.id for model in client.models.list()] == [NAME]
+    answer = ask(client, "What is the capital of France?", max_tokens=16, temperature=0)
+    assert answer.choices[0].message.content
+    assert answer.usage.completion_tokens <= 16
+
+
+def test_streams_say_the_same_as_whole_answers_to_both_kinds_of_client(up: LocalUp) -> None:
+    pieces = list(ask(up.client(), "Count to ten.", max_tokens=24, temperature=0, stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert pieces[-1].choices[0].finish_reason in ("stop", "length")
+    assert all(piece.usage is None for piece in pieces)
+
+
+def test_usage_equals_vllms_own_counts(up: LocalUp, engines: list[Vllm]) -> None:
+    before = total(engines, "prompt_tokens_total"), total(engines, "generation_tokens_total")
+    prompt = completion = 0
+    for n in range(6):
+        stream = n % 2 == 0
+        options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = ask(up.client(), f"Tell me {n} things about the number {n}.", max_tokens=10 + n, **options)
+        usage = list(answer)[-1].usage if stream else answer.usage
+        prompt += usage.prompt_tokens
+        completion += usage.completion_tokens
+
+    def counted() -> bool:
+        now = total(engines, "prompt_tokens_total"), total(engines, "generation_tokens_total")
+        return now == (before[0] + prompt, before[1] + completion)
+
+    wait_for(counted, "vLLM's counters to agree with the usage that the clients were told")
+    assert _proxy_tokens(up, "completion") > 0
+
+
+def test_cancel_is_seen_in_vllms_metrics(up: LocalUp, engines: list[Vllm]) -> None:
+    stream = ask(up.client(), "Write an endless story.", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    wait_for(lambda: total(engines, "num_requests_running") == 1, "vLLM to run the request")
+    generated = total(engines, "generation_tokens_total")
+    stream.close()
+    wait_for(lambda: total(engines, "num_requests_running") == 0, "vLLM to stop working for a client that has gone")
+    assert total(engines, "generation_tokens_total") < generated + 800
+
+
+def test_both_engines_get_work(up: LocalUp, engines: list[Vllm]) -> None:
+    before = [engine.metric("prompt_tokens_total") for engine in engines]
+    threads = [threading.Thread(target=ask, args=(up.client(), f"Hello {n}"), kwargs={"max_tokens": 8}) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    wait_for(
+        lambda: all(engine.metric("prompt_tokens_total") > then for engine, then in zip(engines, before, strict=True)),
+        "both engines to have computed prompts",
+    )
+
+
+def test_mistake_that_only_vllm_can_see_is_a_400_with_its_own_words(up: LocalUp) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(up.client(), "word " * 3000, max_tokens=10)
+    assert "1024" in caught.value.message
+
+
+def test_kill_of_one_worker_loses_only_begun_streams(up: LocalUp, engines: list[Vllm]) -> None:
+    """Last in this file: it leaves the mesh with one worker."""
+    results: list[str] = []
+    begun = threading.Barrier(9, timeout=120)
+
+    def stream(n: int) -> None:
+        result = "cut and silent"
+        try:
+            for number, piece in enumerate(ask(up.client(), f"Story {n}", max_tokens=400, stream=True, extra_body={"ignore_eos": True})):
+                if number == 1:
+                    begun.wait()
+                if piece.choices and piece.choices[0].finish_reason:
+                    result = "done"
+        except openai.APIError:
+            result = "error"
+        results.append(result)
+
+    threads = [threading.Thread(target=stream, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    os.kill(engines[0].worker_pid, signal.SIGKILL)
+    answers = [ask(up.client(), f"Hello {n}", max_tokens=4) for n in range(4)]
+    for thread in threads:
+        thread.join(300)
+    assert all(answer.choices for answer in answers), "what had no byte yet succeeds on the other"
+    assert set(results) == {"done", "error"}, results
+
+
+def wait_for(condition: Callable[[], bool], what: str, within_s: float = 60) -> None:
+    """vLLM's metrics lag behind by up to seconds."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {within_s:.0f} s in vain for {what}"
+        time.sleep(0.2)
+
+
+def _proxy_tokens(up: LocalUp, kind: str) -> float:
+    text = _get(up.base_url.removesuffix("/v1") + "/metrics")
+    return float(re.findall(rf'^infermesh_tokens_total{{kind="{kind}",model="{NAME}"}} ([0-9.e+]+)$', text, re.MULTILINE)[0])
+
+
+def _get(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return str(response.read().decode())
+    except OSError:
+        return ""
