@@ -154,10 +154,9 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
     error = answer.get("error")
     code = error.get("code") if isinstance(error, dict) else None
     said = _message(answer) or response.reason or "no reason given"
-    next_step = _NEXT_STEP.get(response.status)
     parts = [f"{response.status}{f' {code}' if code else ''}: {said.rstrip('.')}"]
-    if next_step and next_step.split("`")[1] not in said:
-        parts.append(next_step)
+    if response.status in _NEXT_STEP and "`mesh " not in said:
+        parts.append(_NEXT_STEP[response.status])
     request_id = response.headers.get("x-request-id")
     return ApiError("; ".join(parts) + (f" (request {request_id})" if request_id else ""), status=response.status)
 

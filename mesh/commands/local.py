@@ -86,14 +86,16 @@ def up(
         mesh = LocalMesh(home)
         try:
             up_now = bring_up(plan, mesh, _Progress())
-            _show(up_now, as_json=as_json, detach=detach)
-            if not detach:
+            if detach:
+                _show(up_now, as_json=as_json, detach=True)
+                return
+            with contextlib.suppress(KeyboardInterrupt):  # from here on, the way to end it
+                _show(up_now, as_json=as_json, detach=False)
                 _watch(mesh)
         except BaseException:
             _stop(mesh)
             raise
-        if not detach:
-            _stop(mesh)
+        _stop(mesh)
 
 
 @click.command(cls=MeshCommand, epilog="Example: mesh down")
@@ -164,18 +166,17 @@ def _show(up_now: Up, *, as_json: bool, detach: bool) -> None:
 
 
 def _watch(mesh: LocalMesh) -> None:
-    """Until Ctrl-C or SIGTERM: say when a node dies. Raises `LocalMeshError` when none is left."""
+    """Say when a node dies, until Ctrl-C or SIGTERM. Raises `LocalMeshError` when none is left."""
     said: set[str] = set()
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            dead = mesh.dead()
-            for node in dead:
-                if node.name not in said:
-                    said.add(node.name)
-                    note(f"{node.name} ended; the end of {node.log}:\n{tail(Path(node.log))}")
-            if len(dead) == len(mesh.nodes):
-                raise LocalMeshError("every node has ended")
-            time.sleep(0.5)
+    while True:
+        dead = mesh.dead()
+        for node in dead:
+            if node.name not in said:
+                said.add(node.name)
+                note(f"{node.name} ended; the end of {node.log}:\n{tail(Path(node.log))}")
+        if len(dead) == len(mesh.nodes):
+            raise LocalMeshError("every node has ended")
+        time.sleep(0.5)
 
 
 def _stop(mesh: LocalMesh) -> None:
