@@ -20,16 +20,12 @@ class NodeConfig(Settings):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"local": {"host": "127.0.0.1"}}
 
-    home: Path = setting(
-        Path(DEFAULT_HOME), shared=True, metavar="DIR", help="Folder under which the mesh and its nodes keep their state."
-    )
+    home: Path = setting(Path(DEFAULT_HOME), shared=True, metavar="DIR", help="Folder under which the mesh and its nodes keep their state.")
     state_dir: Path = setting(
         Path(), metavar="DIR", help="This node's own folder: key, certificate, remembered peers. [HOME/nodes/ROLE[-NAME]]"
     )
     name: str = setting("", help="A name for people; it keeps apart the state of several nodes of a kind on one machine.")
-    join: str = setting(
-        "", shared=True, secret=True, metavar="TOKEN", help="Join token from `mesh invite`; needed once, to enrol."
-    )
+    join: str = setting("", shared=True, secret=True, metavar="TOKEN", help="Join token from `mesh invite`; needed once, to enrol.")
     bootstrap: tuple[str, ...] = setting(
         (),
         shared=True,
@@ -43,20 +39,14 @@ class NodeConfig(Settings):
         (), metavar="HOST[:PORT]", help="Address at which others reach this node. Detected when not given."
     )
     region: str = setting("", shared=True, help="Where this node is, in the operator's own words: eu-1, home, rack-7.")
-    drain_s: float = setting(
-        30.0, shared=True, metavar="TIME", help="How long a stopping node may take to finish what it is doing."
-    )
-    log_level: str = setting(
-        "info", shared=True, choices=("debug", "info", "warning", "error"), help="Least important event to log."
-    )
+    drain_s: float = setting(30.0, shared=True, metavar="TIME", help="How long a stopping node may take to finish what it is doing.")
+    log_level: str = setting("info", shared=True, choices=("debug", "info", "warning", "error"), help="Least important event to log.")
     log_format: str = setting("console", shared=True, choices=("console", "json"), help="How log lines look.")
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
         put("home", self.home.expanduser().absolute())
-        self.require(
-            re.fullmatch(r"[A-Za-z0-9._-]{0,64}", self.name) is not None, "name", "letters, digits, '.', '_' and '-' only"
-        )
+        self.require(re.fullmatch(r"[A-Za-z0-9._-]{0,64}", self.name) is not None, "name", "letters, digits, '.', '_' and '-' only")
         folder = f"{self.role}-{self.name}" if self.name else str(self.role)
         put("state_dir", self.home / "nodes" / folder if self.state_dir == Path() else self.state_dir.expanduser().absolute())
         for field in ("port", "dht_port"):

@@ -32,14 +32,13 @@ def node_command(
     def main(config_file: Path | None, preset: str | None, **flags: Any) -> None:
         with plain_errors():
             settings = load(config, flags, environ=os.environ, file=config_file, preset=preset)
+            _forget_secrets(config)
             code = runtime.run(run(settings), settings)
         sys.exit(code)
 
     options: list[click.Parameter] = [_option(config, item) for item in describe(config)]
     options.append(
-        click.Option(
-            ["--config", "config_file"], type=click.Path(path_type=Path), help="TOML file with settings. [HOME/config.toml]"
-        )
+        click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="TOML file with settings. [HOME/config.toml]")
     )
     options.append(click.Option(["--preset"], type=click.Choice(PRESETS), help="Defaults for a kind of network."))
     name = f"mesh-{config.role}"
@@ -52,6 +51,14 @@ def node_command(
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     return click.version_option(__version__, prog_name=name)(command)
+
+
+def _forget_secrets(config: type[NodeConfig]) -> None:
+    """Take secrets out of the environment: what the node starts (an engine) has no business with its join token."""
+    for item in describe(config):
+        if item.about.secret:
+            for variable in variables(config, item):
+                os.environ.pop(variable, None)
 
 
 class plain_errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,3 +236,16 @@ def test_command_with_a_wrong_setting_is_one_line_on_stderr_and_exit_code_2(tmp_
     assert result.exit_code == 2
     assert result.stderr == "error: --port: must be a port from 0 to 65535 (got '70000' from --port)\n"
     assert result.stdout == ""
+
+
+def test_node_takes_secrets_out_of_the_environment_its_engine_would_inherit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def run(room: Room) -> Any:
+        seen.append((room.join, "MESH_JOIN" in os.environ))
+        raise ConfigError("enough")
+
+    monkeypatch.setenv("MESH_JOIN", "imjoin_x")
+    command = node_command(Room, run, help="Run it.", example="x")
+    assert CliRunner().invoke(command, ["--home", str(tmp_path)]).exit_code == 2
+    assert seen == [("imjoin_x", False)]
