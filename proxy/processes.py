@@ -7,6 +7,7 @@ The kernel spreads connections over the processes (SO_REUSEPORT). Each is a node
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import time
@@ -44,7 +45,7 @@ async def _keep(config: ProxyConfig, number: int, port: int, stop: asyncio.Event
     deaths = 0
     while True:
         started = time.monotonic()
-        process = await asyncio.create_subprocess_exec(*_command(config, number, port))
+        process = await asyncio.create_subprocess_exec(*_command(config, number, port), env=_environment(config))
         code = await _until_exit(process, stop)
         if stop.is_set():
             return code
@@ -92,6 +93,11 @@ async def _announce(config: ProxyConfig, children: list[asyncio.Task[int]], stop
             )
             return
         await asyncio.sleep(0.1)
+
+
+def _environment(config: ProxyConfig) -> dict[str, str]:
+    """This process's own, with the join token that it took out when it had read it (`mesh.options`)."""
+    return os.environ | ({"MESH_JOIN": config.join} if config.join else {})
 
 
 def _command(config: ProxyConfig, number: int, port: int) -> list[str]:
