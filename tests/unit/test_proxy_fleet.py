@@ -1,0 +1,255 @@
+"""What the proxy knows of its workers, from their links alone; what it shows of it, and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from mesh.directory import Directory
+from mesh.errors import ProtocolError
+from mesh.link.link import IncomingStream, Link, LinkStats
+from mesh.records import Capability, Load, ModelEntry, Record, State
+from mesh.trust import Role
+from proxy.fleet import Fleet
+from proxy.metrics import Metrics
+from proxy.views import Views
+from tests.support.clocks import StoppedClock
+
+NOW = 1_800_000_000.0
+
+
+@dataclass(eq=False)
+class StandInLink:
+    """What the fleet asks of a link."""
+
+    node_id: bytes
+    draining: bool = False
+    closed: bool = False
+    stats: LinkStats = field(default_factory=LinkStats)
+
+
+def as_link(link: StandInLink) -> Link:
+    return cast(Link, link)
+
+
+def record(name: str = "a", *, role: Role = Role.WORKER, **fields: Any) -> Record:
+    base = Record(
+        node_id=name.encode() * 32,
+        role=role,
+        boot=1,
+        seq=1,
+        issued=NOW,
+        expires=NOW + 20,
+        state=State.READY,
+        models=(ModelEntry(name="m", adapters=("m-legal",)),) if role == Role.WORKER else (),
+        capability=Capability(max_concurrency=10),
+    )
+    return replace(base, **fields)
+
+
+class KnownRecords:
+    """What `Views` asks of the directory."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def known(self, role: Role) -> list[Record]:
+        return [record for record in self.records if record.role == role]
+
+    def stats(self) -> dict[str, int | float]:
+        return {"table_size": 3, "clock_offset_s": 0.5}
+
+
+@pytest.fixture
+def heard() -> list[Record]:
+    return []
+
+
+@pytest.fixture
+def fleet(heard: list[Record]) -> Fleet:
+    return Fleet(on_record=heard.append)
+
+
+def up(fleet: Fleet, about: Record) -> StandInLink:
+    link = StandInLink(about.node_id)
+    fleet.on_up(as_link(link), about)
+    return link
+
+
+def test_ready_worker_is_a_candidate_for_its_models_adapters_and_tasks(fleet: Fleet, heard: list[Record]) -> None:
+    up(fleet, record())
+    assert [worker.node_id for worker in fleet.candidates("m", "chat")] == [b"a" * 32]
+    assert len(fleet.candidates("m-legal", "completions")) == 1
+    assert fleet.candidates("m", "embeddings") == ()
+    assert fleet.candidates("other", "chat") == ()
+    assert fleet.models() == {"m", "m-legal"}
+    assert fleet.tasks("m") == {"chat", "completions"}
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize("state", [state for state in State if state != State.READY])
+def test_worker_that_is_not_ready_is_no_candidate_until_it_says_so(fleet: Fleet, state: State) -> None:
+    link = up(fleet, record(state=state))
+    assert fleet.candidates("m", "chat") == ()
+    fleet.on_record(as_link(link), record(seq=2))
+    assert len(fleet.candidates("m", "chat")) == 1
+    fleet.on_record(as_link(link), record(seq=3, state=state))
+    assert fleet.candidates("m", "chat") == ()
+
+
+def test_older_record_changes_nothing(fleet: Fleet) -> None:
+    link = up(fleet, record(seq=5))
+    fleet.on_record(as_link(link), record(seq=4, state=State.FAILED))
+    fleet.on_record(as_link(link), record(seq=5, state=State.FAILED))
+    assert len(fleet.candidates("m", "chat")) == 1
+
+
+def test_drained_and_lost_workers_are_no_candidates(fleet: Fleet) -> None:
+    first, second = up(fleet, record("a")), up(fleet, record("b"))
+    first.draining = True
+    fleet.on_drain(as_link(first))
+    assert [worker.node_id for worker in fleet.candidates("m", "chat")] == [b"b" * 32]
+    fleet.on_down(as_link(second), "lost")
+    assert fleet.candidates("m", "chat") == ()
+    assert set(fleet.workers) == {b"a" * 32}
+
+
+def test_end_of_a_replaced_link_does_not_take_the_new_one_with_it(fleet: Fleet) -> None:
+    old = up(fleet, record())
+    new = up(fleet, record(boot=2))
+    fleet.on_down(as_link(old), "late")
+    assert fleet.workers[b"a" * 32].link is as_link(new)
+    fleet.on_load(as_link(StandInLink(b"z" * 32)), {"run": 1, "wait": 1, "yours": 1})
+
+
+def test_load_pushed_by_a_worker_is_what_others_gave_it(fleet: Fleet) -> None:
+    link = up(fleet, record(load=Load(running=7, waiting=2, kv_use=0.5)))
+    worker = fleet.workers[link.node_id]
+    assert (worker.elsewhere, worker.waiting, worker.kv_use) == (9, 2, 0.5)
+    fleet.on_load(as_link(link), {"run": 5, "wait": 1, "yours": 2, "kv": 0.25})
+    assert (worker.elsewhere, worker.waiting, worker.kv_use) == (4, 1, 0.25)
+    fleet.on_load(as_link(link), {"run": 1, "wait": 0, "yours": 9})
+    assert (worker.elsewhere, worker.kv_use) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"run": 1, "wait": 1},
+        {"run": -1, "wait": 0, "yours": 0},
+        {"run": 1.5, "wait": 0, "yours": 0},
+        {"run": True, "wait": 0, "yours": 0},
+        {"run": 10**9, "wait": 0, "yours": 0},
+        {"run": "1", "wait": 0, "yours": 0},
+        {"run": 1, "wait": 0, "yours": 0, "kv": 1.01},
+        {"run": 1, "wait": 0, "yours": 0, "kv": float("nan")},
+        {"run": 1, "wait": 0, "yours": 0, "kv": float("inf")},
+        {"run": 1, "wait": 0, "yours": 0, "kv": None},
+    ],
+)
+def test_load_of_odd_numbers_is_a_protocol_error(fleet: Fleet, fields: dict[str, Any]) -> None:
+    link = up(fleet, record())
+    with pytest.raises(ProtocolError):
+        fleet.on_load(as_link(link), fields)
+
+
+VALUES = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=3) | st.just([])
+
+
+@given(st.dictionaries(st.sampled_from(["run", "wait", "yours", "kv"]), VALUES))
+def test_any_load_is_taken_or_a_protocol_error(fields: dict[str, Any]) -> None:
+    fleet = Fleet(on_record=lambda record: None)
+    link = up(fleet, record())
+    try:
+        fleet.on_load(as_link(link), fields)
+    except ProtocolError:
+        return
+    worker = fleet.workers[link.node_id]
+    assert worker.elsewhere >= 0
+    assert 0 <= worker.kv_use <= 1
+
+
+def test_worker_may_not_open_streams(fleet: Fleet) -> None:
+    with pytest.raises(ProtocolError):
+        fleet.on_open(cast(IncomingStream, None), {})
+
+
+# -- what is shown
+
+
+def views(fleet: Fleet, directory: KnownRecords) -> Views:
+    own = record("p", role=Role.PROXY, api="http://127.0.0.1:8080/v1")
+    return Views(fleet, cast(Directory, directory), own=lambda: own, mesh="test", clock=StoppedClock(NOW))
+
+
+def test_models_are_those_of_linked_workers_and_of_ready_records(fleet: Fleet) -> None:
+    directory = KnownRecords()
+    seen = views(fleet, directory)
+    up(fleet, record("a"))
+    directory.records = [
+        record("b", models=(ModelEntry(name="far"),)),
+        record("c", models=(ModelEntry(name="cold"),), state=State.LOADING),
+        record("d", models=(ModelEntry(name="gone"),), expires=NOW - 1),
+    ]
+    assert seen.ready_models() == {"m", "m-legal", "far"}
+    assert seen.knows("cold")
+    assert not seen.knows("gone")
+    assert not seen.knows("nothing")
+
+
+def test_newest_record_of_a_worker_is_shown_once(fleet: Fleet) -> None:
+    directory = KnownRecords()
+    up(fleet, record("a", seq=5))
+    directory.records = [record("a", seq=4, state=State.LOADING), record("b", boot=9, load=Load(running=3))]
+    shown = views(fleet, directory).workers()
+    assert [(item["id"], item["state"], item["linked"]) for item in shown] == [("61" * 32, "ready", True), ("62" * 32, "ready", False)]
+    assert shown[1]["running"] == 3
+
+
+def test_status_names_every_node(fleet: Fleet) -> None:
+    directory = KnownRecords()
+    up(fleet, record("a"))
+    directory.records = [record("x", role=Role.PROXY), record("s", role=Role.BOOTSTRAP), record("p", role=Role.PROXY, seq=0)]
+    status = views(fleet, directory).status(in_flight=2, draining=False)
+    assert sorted(item["id"][:2] for item in status["proxies"]) == ["70", "78"]
+    assert [item["id"][:2] for item in status["bootstraps"]] == ["73"]
+    assert status["proxy"] == {"id": "70" * 32, "in_flight": 2, "draining": False, "models": ["m", "m-legal"]}
+
+
+# -- what is counted
+
+
+def test_metrics_are_read_by_prometheus(fleet: Fleet) -> None:
+    metrics = Metrics(fleet, directory=KnownRecords().stats)
+    up(fleet, record("a"))
+    up(fleet, record("b", state=State.LOADING))
+    metrics.requests.labels('odd "model"\n\\', "chat", "ok").inc()
+    metrics.tokens.labels("m", "prompt").inc(5)
+    metrics.retries.labels("worker_lost").inc()
+    metrics.first_byte.labels("m").observe(0.2)
+    metrics.duration.labels("m").observe(1.2)
+    text = metrics.render().decode()
+    assert text.endswith("\n")
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    samples = {(sample.name, *sorted(sample.labels.items())): sample.value for family in families.values() for sample in family.samples}
+    assert samples["infermesh_requests_total", ("code", "ok"), ("model", 'odd "model"\n\\'), ("task", "chat")] == 1
+    assert samples["infermesh_workers", ("state", "ready")] == 1
+    assert samples["infermesh_workers", ("state", "loading")] == 1
+    assert samples["infermesh_worker_in_flight", ("worker", "61" * 6)] == 0
+    assert samples["infermesh_directory_table_size",] == 3
+    assert families["infermesh_request_duration_seconds"].type == "histogram"
+    for family in families.values():
+        assert family.documentation
+
+
+def test_metrics_of_two_proxies_in_one_process_do_not_mix(fleet: Fleet) -> None:
+    one, other = (Metrics(fleet, directory=dict) for _ in range(2))
+    one.retries.labels("x").inc()
+    assert b'infermesh_retries_total{code="x"}' in one.render()
+    assert b'infermesh_retries_total{code="x"}' not in other.render()

@@ -1,0 +1,172 @@
+"""Which request bodies are taken, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.errors import InvalidRequest, ModelNotFound
+from proxy.openai import TASKS, error_body, model_list, parse_call
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+REQUIRED: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/embeddings": {"input": ["a", "b"]},
+    "/v1/responses": {"input": "hi"},
+}
+
+
+def refusal(path: str, body: bytes) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_call(path, body)
+    return caught.value
+
+
+@pytest.mark.parametrize("path", TASKS)
+def test_smallest_request_of_each_route_is_taken_and_its_bytes_kept(path: str) -> None:
+    body = json.dumps({"model": "m", **REQUIRED[path]}).encode()
+    call = parse_call(path, body)
+    assert (call.task, call.path, call.model, call.stream) == (TASKS[path], path, "m", False)
+    assert call.body is body
+
+
+@pytest.mark.parametrize(("value", "stream"), [(True, True), (False, False), (None, False)])
+def test_stream_is_read(value: bool | None, stream: bool) -> None:
+    assert parse_call(CHAT, json.dumps({"model": "m", "messages": MESSAGES, "stream": value}).encode()).stream is stream
+
+
+def test_fields_the_proxy_does_not_act_on_pass_whatever_they_hold() -> None:
+    body = {"model": "m", "messages": [1, None, {"x": []}], "tools": {"odd": 1}, "logit_bias": "?", "guided_json": [[]], "stop": 5}
+    assert parse_call(CHAT, json.dumps(body).encode()).model == "m"
+
+
+@pytest.mark.parametrize("path", TASKS)
+def test_missing_required_field_is_named(path: str) -> None:
+    (name,) = REQUIRED[path]
+    assert refusal(path, b'{"model": "m"}').param == name
+    assert refusal(path, json.dumps(REQUIRED[path]).encode()).param == "model"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", 5),
+        ("model", None),
+        ("model", ["m"]),
+        ("model", ""),
+        ("model", "m" * 257),
+        ("messages", "hi"),
+        ("messages", {}),
+        ("messages", []),
+        ("messages", None),
+        ("stream", "true"),
+        ("stream", 1),
+        ("max_tokens", "5"),
+        ("max_tokens", 1.5),
+        ("max_tokens", -1),
+        ("max_completion_tokens", -1),
+        ("max_output_tokens", -5),
+        ("n", 0),
+        ("n", "2"),
+        ("temperature", "hot"),
+        ("user", 5),
+        ("prompt_cache_key", {}),
+    ],
+)
+def test_wrong_value_is_refused_by_name(field: str, value: Any) -> None:
+    body = {"model": "m", "messages": MESSAGES, field: value}
+    error = refusal(CHAT, json.dumps(body).encode())
+    assert error.param == field
+    assert error.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"{",
+        b'{"model": "m"',
+        b"[]",
+        b"null",
+        b"5",
+        b'"model"',
+        b"\xef\xbb\xbf{}",
+        b'{"model": "m", "messages": [1]} trailing',
+        b'{"model": "\xff", "messages": [1]}',
+        b'{"model": "\\ud800", "messages": [1]}',
+        b"{'model': 'm'}",
+        b'{"model": "m", "messages": [NaN}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"model": "m", "messages": [' + b"[" * 100_000,
+        b"\x1f\x8b\x08\x00",
+    ],
+    ids=lambda body: repr(body[:24]),
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    assert refusal(CHAT, body).message
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_call_or_an_invalid_request(body: bytes) -> None:
+    for path in TASKS:
+        try:
+            parse_call(path, body)
+        except InvalidRequest:
+            continue
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(["model", "messages", "stream", "max_tokens", "n", "user", "prompt", "input", "temperature"])
+
+
+@given(st.dictionaries(FIELDS, JSON, max_size=5))
+def test_any_json_is_a_call_or_an_invalid_request(body: dict[str, Any]) -> None:
+    for path in TASKS:
+        try:
+            call = parse_call(path, json.dumps(body).encode())
+        except InvalidRequest as error:
+            named = error.param
+        else:
+            named = None
+            assert call.model == body["model"]
+        assert named is None or named in {*body, "model", "messages", "prompt", "input"}
+
+
+def test_field_given_twice_counts_as_the_engine_will_count_it() -> None:
+    # Python's json and msgspec both take the last: a key's scope must be checked against the same one.
+    body = b'{"model": "allowed", "messages": [1], "model": "smuggled"}'
+    assert parse_call(CHAT, body).model == json.loads(body)["model"] == "smuggled"
+
+
+def test_refusal_does_not_repeat_the_prompt() -> None:
+    error = refusal(CHAT, json.dumps({"model": 5, "messages": ["top secret"]}).encode())
+    assert "secret" not in error.message
+
+
+def test_model_list_has_openais_shape() -> None:
+    assert model_list({"b", "a"}, created=7) == {
+        "object": "list",
+        "data": [
+            {"id": "a", "object": "model", "created": 7, "owned_by": "infermesh"},
+            {"id": "b", "object": "model", "created": 7, "owned_by": "infermesh"},
+        ],
+    }
+
+
+def test_error_body_has_openais_shape() -> None:
+    error = ModelNotFound("no such model", param="model")
+    assert error_body(error, kind="invalid_request_error", code=error.code) == {
+        "error": {"message": "no such model", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}
+    }
