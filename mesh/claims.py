@@ -39,9 +39,7 @@ def read_int(payload: Mapping[str, Any], name: str, *, default: Any = _MISSING, 
     return value
 
 
-def read_number(
-    payload: Mapping[str, Any], name: str, *, default: Any = _MISSING, low: float = 0.0, high: float = 1e18
-) -> float:
+def read_number(payload: Mapping[str, Any], name: str, *, default: Any = _MISSING, low: float = 0.0, high: float = 1e18) -> float:
     value = _get(payload, name, default)
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
         raise MalformedEnvelope(f"'{name}' must be a number from {low:g} to {high:g}")

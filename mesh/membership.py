@@ -32,9 +32,7 @@ class Membership:
     signed: bytes
 
 
-def seal_membership(
-    issuer: Ed25519PrivateKey, kid: str, *, public_key: bytes, role: Role, issued: float, expires: float
-) -> bytes:
+def seal_membership(issuer: Ed25519PrivateKey, kid: str, *, public_key: bytes, role: Role, issued: float, expires: float) -> bytes:
     payload = {"pub": public_key, "role": str(role), "iat": int(issued), "exp": int(expires)}
     return seal(MEMBERSHIP_DOMAIN, kid.encode("ascii"), issuer, payload)
 

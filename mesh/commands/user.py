@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,22 +87,18 @@ def chat(
         if not text:
             raise UsageError("nothing to ask: give a PROMPT, or write it to standard input")
 
-    async def one() -> None:
-        async with Client(settings) as client:
-            body["model"] = await _choose_model(client, model)
-            messages.append({"role": "user", "content": text})
-            await _turn(client, body | {"messages": messages}, streaming, as_json)
+    body["model"] = _run(lambda: _choose_model(settings, model))
 
-    async def conversation() -> None:
-        async with Client(settings) as client:
-            body["model"] = await _choose_model(client, model)
-            note(f"{body['model']}; an empty line or Ctrl-D ends it")
-            while line := (await asyncio.to_thread(_ask)):
-                messages.append({"role": "user", "content": line})
-                answer = await _turn(client, body | {"messages": messages}, streaming, as_json)
-                messages.append({"role": "assistant", "content": answer})
+    def turn(question: str) -> str:
+        messages.append({"role": "user", "content": question})
+        return _run(lambda: _turn(settings, body | {"messages": messages}, streaming, as_json))
 
-    _run(conversation if talking else one)
+    if not talking:
+        turn(text)
+        return
+    note(f"{body['model']}; an empty line or Ctrl-D ends it")
+    while line := _ask():
+        messages.append({"role": "assistant", "content": turn(line)})
 
 
 @click.command(cls=MeshCommand, epilog="Example: mesh models")
@@ -153,15 +150,22 @@ def status(url: str | None, api_key: str | None, home: Path, as_json: bool) -> N
     _show_workers(_objects(answer, "workers"))
 
 
-async def _turn(client: Client, body: dict[str, Any], streaming: bool, as_json: bool) -> str:
+async def _turn(settings: ClientSettings, body: dict[str, Any], streaming: bool, as_json: bool) -> str:
     """One question and its answer, printed; returns the answer."""
-    if not streaming:
-        answer = await client.post("/v1/chat/completions", body)
-        if as_json:
-            print_json(answer)
-            return _text_of(answer, "message")
+    async with Client(settings) as client:
+        return await (_stream if streaming else _whole)(client, body, as_json)
+
+
+async def _whole(client: Client, body: dict[str, Any], as_json: bool) -> str:
+    answer = await client.post("/v1/chat/completions", body)
+    if as_json:
+        print_json(answer)
+    else:
         click.echo(_text_of(answer, "message"))
-        return _text_of(answer, "message")
+    return _text_of(answer, "message")
+
+
+async def _stream(client: Client, body: dict[str, Any], as_json: bool) -> str:
     pieces: list[str] = []
     usage = finish = None
     async for event in client.stream("/v1/chat/completions", body | {"stream_options": {"include_usage": True}}):
@@ -199,10 +203,11 @@ def _printable(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-async def _choose_model(client: Client, model: str | None) -> str:
+async def _choose_model(settings: ClientSettings, model: str | None) -> str:
     if model:
         return model
-    names = [str(entry.get("id")) for entry in _objects(await client.get("/v1/models"), "data")]
+    async with Client(settings) as client:
+        names = [str(entry.get("id")) for entry in _objects(await client.get("/v1/models"), "data")]
     if len(names) == 1:
         return names[0]
     if not names:
@@ -210,7 +215,10 @@ async def _choose_model(client: Client, model: str | None) -> str:
     raise UsageError(f"which model? --model {' | '.join(names[:20])}")
 
 
-def _show_workers(listed: Iterable[dict[str, Any]]) -> None:
+def _show_workers(listed: list[dict[str, Any]]) -> None:
+    if not listed:
+        note("no worker is known here; `mesh invite worker` lets one join")
+        return
     columns = ("worker", "state", "models", "address", "engine", "region", "linked", "running", "waiting", "kv", "served", "reason")
     rows = [
         (
@@ -263,7 +271,11 @@ def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def _ask() -> str:
+    """A line from the person, with the editing and history their terminal offers; empty at the end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() uses it once it is there
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        note("")
         return ""

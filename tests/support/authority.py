@@ -51,9 +51,7 @@ def make_mesh(*, now: float, name: str = "test") -> TestMesh:
     ]
     signed = seal_keyset(root, name=name, seq=1, issued=now, issuers=issuers)
     keyset = parse_keyset(signed, mesh_id=key_id(raw_public_key(root.public_key())))
-    certificate = make_issuer_certificate(
-        root, root_certificate, nodes.public_key(), kid=NODES_KID, now=now, lifetime_s=ISSUER_LIFETIME_S
-    )
+    certificate = make_issuer_certificate(root, root_certificate, nodes.public_key(), kid=NODES_KID, now=now, lifetime_s=ISSUER_LIFETIME_S)
     admission = Admission(
         kid=NODES_KID,
         key=nodes,
