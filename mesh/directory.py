@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,6 +93,8 @@ class Directory:
             identity, bootstraps=bootstraps, state_dir=state_dir, clock=clock, rng=rng, serve=serve, config=config, verifier=verifier
         )
         self.node.hear(self.observe)
+        self._sweep_now = asyncio.Event()
+        self.node.on_reunion(self._sweep_now.set)
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
         """Bind UDP at ``host:port`` (0: any free port), load remembered peers, begin to join. Returns the bound address.
@@ -255,7 +258,9 @@ class Directory:
                 log.warning("directory.sweep_failed", role=str(role), error=str(error))
             empty = not self._views[role].records
             pause_s = min(interval_s, 0.5) if empty else interval_s
-            await self._clock.sleep(pause_s * self._rng.uniform(0.75, 1.0))
+            self._sweep_now.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._sweep_now.wait(), pause_s * self._rng.uniform(0.75, 1.0))
 
 
 def _under(reads: dict[int, _Read]) -> list[int]:

@@ -39,6 +39,8 @@ log = structlog.get_logger(__name__)
 _RESOLVE_S = 3.0
 _JOIN_AT_ONCE = 16
 _SEEDS = 24
+_LONG_LOST_S = 20.0
+_REUNITE_EVERY_S = 5.0
 _KEYS_REMEMBERED = 1_024
 _EXPIRE_EVERY_S = 1.0
 _SAVE_NEWS_S = 2.0
@@ -94,6 +96,9 @@ class DhtNode:
         self._resolved: dict[Address, None] = {}
         self._remembered: dict[bytes, Contact] = {}
         self._news = False
+        self._lost: OrderedDict[bytes, float] = OrderedDict()
+        self._reunited = float("-inf")
+        self._on_reunion: list[Callable[[], None]] = []
         self._nearest: OrderedDict[bytes, list[Contact]] = OrderedDict()
         self._joined = asyncio.Event()
         self._hearers: list[Hearer] = []
@@ -101,6 +106,7 @@ class DhtNode:
         self.protocol.on_notice = self._on_notice
         self.protocol.on_own_address = self._on_own_address
         self.table.on_added = self._on_added
+        self.table.on_removed = self._on_removed
         self._renewed()
         identity.on_renewal(self._renewed)
         identity.trust.on_change(self.verifier.forget)
@@ -229,10 +235,39 @@ class DhtNode:
         self._news = self._news or contact.id not in self._remembered
         self._remembered.pop(contact.id, None)
         self._remembered[contact.id] = contact
+        lost_at = self._lost.pop(contact.id, None)
+        if lost_at is not None and self.clock.monotonic() - lost_at > _LONG_LOST_S:
+            self._reunite()
         while len(self._remembered) > self.config.remembered_peers:
             self._remembered.pop(next(iter(self._remembered)))
         self.publisher.contact_added(contact)
         self._joined.set()
+
+    def _on_removed(self, contact: Contact) -> None:
+        self._lost[contact.id] = self.clock.monotonic()
+        self._lost.move_to_end(contact.id)
+        if len(self._lost) > self.config.remembered_peers:
+            self._lost.popitem(last=False)
+
+    def _reunite(self) -> None:
+        """A peer long lost is back: perhaps half the network is. Look around at once instead of when it falls due."""
+        now = self.clock.monotonic()
+        if now - self._reunited < _REUNITE_EVERY_S:
+            return
+        self._reunited = now
+        self.counts.add("reunions")
+        self.tasks.start(self._look_around(), name="directory reunion")
+
+    async def _look_around(self) -> None:
+        await self._pause(1.0)
+        await self.crawl(self.identity.node_id, accept=None, timeout_s=self.config.lookup_timeout_s, width=self.config.k)
+        await self.publisher.walk_again()
+        for listener in self._on_reunion:
+            listener()
+
+    def on_reunion(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` when much of the network may have come back."""
+        self._on_reunion.append(listener)
 
     def _on_own_address(self, address: Address) -> None:
         self._own_addresses[address] = None
@@ -331,6 +366,9 @@ class DhtNode:
         contact = self.table.longest_silent()
         if contact is not None and now - contact.seen > 5 * self.config.probe_interval_s:
             self.protocol.probe(contact)
+        lost = [self._remembered[node_id] for node_id in self._lost if node_id in self._remembered]
+        if lost:
+            self.protocol.probe(self._rng.choice(lost))
 
     async def _save(self) -> None:
         if self._state_dir is None or not self._remembered:

@@ -83,12 +83,25 @@ class Publisher:
         return {place.key: list(place.holders.values()) for place in self._places.values()}
 
     def contact_added(self, contact: Contact) -> None:
-        """A node joined our table: if it stands nearer to a key than a holder, the next refresh looks for it."""
+        """A node joined our table: where it stands nearer to a key than a holder does, it becomes one."""
+        if self._record is None or not self._record.alive(self._clock.wall()):
+            return
+        most = self._config.holders + self._config.spares
         for place in self._places.values():
             goal = int.from_bytes(place.key)
-            distances = [holder.long_id ^ goal for holder in place.holders.values()]
-            if len(distances) < self._config.holders or contact.long_id ^ goal < max(distances):
-                place.walk_at = min(place.walk_at, self._clock.monotonic() + self._rng.uniform(0.0, self._config.refresh_s))
+            ordered = sorted(place.holders.values(), key=lambda holder: holder.long_id ^ goal)
+            if contact.id in place.holders or place.full or not place.wanted:
+                continue
+            if len(ordered) < most or contact.long_id ^ goal < ordered[most - 1].long_id ^ goal:
+                place.holders = {holder.id: holder for holder in ordered[: most - 1]} | {contact.id: contact}
+                place.walk_at = min(place.walk_at, self._clock.monotonic() + self._config.refresh_s)
+                work = self._store_at(self._record, contact, [place], {place.key: 0})
+                self._tasks.start(work, name="directory newcomer")
+
+    async def walk_again(self) -> None:
+        """The network has changed at large: look for the holders of every key now."""
+        if self._record is not None and self._record.alive(self._clock.wall()):
+            await asyncio.gather(*(self._refill(self._record, place) for place in list(self._places.values())))
 
     async def publish(self, record: Record) -> int:
         """Store a signed record; returns how many holders have accepted it under each of its keys (the least of them)."""

@@ -114,6 +114,7 @@ class Table(RoutingTable):  # type: ignore[misc]
         self._config = config
         self._subnets: dict[str, int] = {}
         self.on_added: Callable[[Contact], None] = lambda contact: None
+        self.on_removed: Callable[[Contact], None] = lambda contact: None
         super().__init__(None, config.k, Contact(node_id, Address("0.0.0.0", 0)))
 
     def flush(self) -> None:
@@ -190,6 +191,7 @@ class Table(RoutingTable):  # type: ignore[misc]
         if gone is None:
             return
         self._count(gone, -1)
+        self.on_removed(gone)
         self._fill(bucket)
 
     def _fill(self, bucket: Bucket) -> None:

@@ -1,0 +1,222 @@
+"""Liars inside, strangers outside: nothing forged gets in, nothing true is kept from those who look for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+import msgpack
+import pytest
+
+from mesh.dht.protocol import Op
+from mesh.dht.storage import Verdict
+from mesh.records import Record, model_key, role_key, seal_record
+from mesh.trust import Role
+from tests.support.authority import make_mesh
+from tests.support.byzantine import LIES, Liar
+from tests.support.network import Network
+from tests.support.swarm import PORT, SimNode, Swarm, simulate
+from tests.support.virtual_time import WALL_START
+
+
+async def with_liars(swarm: Swarm, *, honest: int, liars: int, look_ups: int) -> None:
+    """Every honest worker serves a model of its own, so each look-up has one right answer."""
+    await swarm.bootstrap(2)
+    fleet = await swarm.grow(Role.WORKER, honest + liars, over_s=2.0)
+    bad = fleet[honest:]
+    crooks = [Liar(node, bad, LIES[at % len(LIES)], swarm.rng) for at, node in enumerate(bad)]
+    for at, worker in enumerate(fleet[:honest]):
+        worker.models = (f"model-{at}",)
+        worker.announce()
+    await asyncio.sleep(20.0)
+    real = {worker.node_id: worker for worker in fleet[:honest]}
+    right = 0
+    for at in range(look_ups):
+        wanted = fleet[at % honest]
+        asker = swarm.rng.choice(fleet[:honest])
+        records = await asker.running.find_model(wanted.models[0])
+        assert all(record.node_id in real and record.models[0].name == wanted.models[0] for record in records)
+        right += [record.node_id for record in records] == [wanted.node_id]
+        await asyncio.sleep(0.05)
+    told = sum((crook.told for crook in crooks), Counter[str]())
+    print(f"{right} of {look_ups} right; lies told: {dict(told)}")
+    for lie in ("withheld", "forged", "replayed", "faked contacts", "babbled", "eclipsed", "stores dropped"):
+        assert told[lie] > 0, lie
+    assert right >= look_ups * 0.999
+
+
+def test_with_a_fifth_of_members_lying_look_ups_are_right() -> None:
+    simulate(lambda swarm: with_liars(swarm, honest=64, liars=16, look_ups=200), seed=31)
+
+
+@pytest.mark.large
+def test_with_a_fifth_of_many_members_lying_look_ups_are_right() -> None:
+    simulate(lambda swarm: with_liars(swarm, honest=400, liars=100, look_ups=5_000), seed=32)
+
+
+class Outsider:
+    """Somebody with a socket and what they overheard, but no key."""
+
+    def __init__(self, network: Network, address: str = "66.6.6.6") -> None:
+        self.received = 0
+        network.host(address)
+        self._transport = network.bind(self, address, 6_666)  # type: ignore[arg-type]
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self.received += len(data)
+
+    def send(self, data: bytes, to: SimNode) -> None:
+        self._transport.sendto(data, (to.address, PORT))
+
+
+def test_a_stranger_gets_not_one_byte() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        overheard: list[tuple[str, bytes]] = []
+        swarm.network.tap = lambda source, target, data: overheard.append((target[0], data))
+        await swarm.bootstrap(1)
+        fleet = await swarm.grow(Role.WORKER, 10)
+        for worker in fleet:
+            worker.announce()
+        await asyncio.sleep(5.0)
+        swarm.network.tap = None
+        stranger = Outsider(swarm.network)
+        by_address = {node.address: node for node in swarm.nodes}
+        for target, data in overheard:
+            stranger.send(data, by_address[target])
+        for _ in range(2_000):
+            stranger.send(swarm.rng.randbytes(swarm.rng.randrange(1_300)), swarm.rng.choice(swarm.nodes))
+        for target, data in overheard[:2_000]:
+            at = swarm.rng.randrange(len(data))
+            stranger.send(data[:at] + bytes((data[at] ^ 1,)) + data[at + 1 :], by_address[target])
+            stranger.send(data[:at], by_address[target])
+        await asyncio.sleep(5.0)
+        assert stranger.received == 0
+        refused = sum((Counter(node.running.stats()) for node in swarm.nodes), Counter[str]())
+        assert refused["refused_unsealed"] > 3_000
+        assert refused["refused_replayed"] > 0
+
+    simulate(scenario, seed=33)
+
+
+def test_another_mesh_and_this_one_do_not_mix() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        (first,) = await swarm.bootstrap(1)
+        other = make_mesh(now=WALL_START)
+        stranger = swarm.add(Role.WORKER)
+        stranger.identity = other.identity(Role.WORKER, now=WALL_START)
+        await stranger.boot()
+        assert not await stranger.running.joined(timeout_s=10.0)
+        assert swarm.network.bytes_in[stranger.address] == 0
+        assert first.running.stats()["refused_unsealed"] > 0
+
+    simulate(scenario, seed=34)
+
+
+def test_a_member_with_another_meshs_membership_enters_no_table() -> None:
+    """The seal key has leaked: the membership still stands in the way."""
+
+    async def scenario(swarm: Swarm) -> None:
+        (first,) = await swarm.bootstrap(1)
+        other = make_mesh(now=WALL_START)
+        thief = swarm.add(Role.WORKER)
+        foreign = other.identity(Role.WORKER, now=WALL_START)
+        foreign.credentials = replace(foreign.credentials, network_keys=first.identity.credentials.network_keys)
+        thief.identity = foreign
+        await thief.boot()
+        assert not await thief.running.joined(timeout_s=10.0)
+        assert first.running.peers() == []
+        assert swarm.network.bytes_in[thief.address] == 0
+
+    simulate(scenario, seed=35)
+
+
+async def storm(swarm: Swarm, *, each: int) -> None:
+    """One member stores every kind of bad record at one holder, as fast as it is let."""
+    await swarm.bootstrap(1)
+    victim, attacker, owner = await swarm.grow(Role.WORKER, 3)
+    good = owner.record()
+    other = make_mesh(now=WALL_START)
+    foreign = other.identity(Role.WORKER, now=WALL_START)
+    store, rng = victim.running.node.store, swarm.rng
+    assert await owner.running.publish(good) >= 2
+    newer = owner.record()
+    assert await owner.running.publish(newer) >= 2
+    now = owner.clock.wall()
+
+    def flipped() -> bytes:
+        at = rng.randrange(len(newer.signed))
+        return newer.signed[:at] + bytes((newer.signed[at] ^ 1 << rng.randrange(8),)) + newer.signed[at + 1 :]
+
+    def signed(record: Record, **changes: object) -> bytes:
+        changed = replace(record, **changes)  # type: ignore[arg-type]
+        return seal_record(changed, owner.identity.key, owner.identity.credentials.membership).signed
+
+    expired = signed(good, issued=now - 100, expires=now - 80, seq=10**6)
+    elsewhere = seal_record(newer, foreign.key, foreign.credentials.membership).signed
+    stolen = seal_record(newer, attacker.identity.key, owner.identity.credentials.membership).signed
+    kinds = {
+        "forged": flipped,
+        "replayed": lambda: good.signed,
+        "rolled back": lambda: signed(good, boot=good.boot - 1_000, seq=10**9),
+        "expired": lambda: expired,
+        "of another mesh": lambda: elsewhere,
+        "with another's membership": lambda: stolen,
+        "oversized": lambda: newer.signed + bytes(1_001 - len(newer.signed)),
+        "random": lambda: rng.randbytes(rng.randrange(1, 1_000)),
+    }
+    address = attacker.running.node.table.get(victim.node_id)
+    assert address is not None
+    protocol = attacker.running.node.protocol
+    before = {held.record.node_id: held.record.order for held in store.live(role_key(Role.WORKER), victim.clock.monotonic())}
+    verdicts: Counter[str] = Counter()
+    for name, make in kinds.items():
+        for _ in range(each):
+            body = msgpack.packb([[role_key(Role.WORKER)], 20_000, make()])
+            reply = await protocol.request(address.address, Op.STORE, body, node_id=victim.node_id)
+            verdicts[f"{name}: {Verdict(reply.bodies[0][0][0]).name if reply is not None else 'no answer'}"] += 1
+    for _ in range(each):
+        body = msgpack.packb([[model_key("another")], 20_000, newer.signed])
+        reply = await protocol.request(address.address, Op.STORE, body, node_id=victim.node_id)
+        verdicts[f"mis-keyed: {Verdict(reply.bodies[0][0][0]).name if reply is not None else 'no answer'}"] += 1
+    print(dict(verdicts))
+    assert not any("ACCEPTED" in verdict or "WITHDRAWN" in verdict for verdict in verdicts), verdicts
+    after = {held.record.node_id: held.record.order for held in store.live(role_key(Role.WORKER), victim.clock.monotonic())}
+    assert all(before.get(node_id) == order for node_id, order in after.items())
+    assert store.count(model_key("another")) == 0
+    assert len(store) <= len(before)
+
+
+def test_no_bad_record_is_stored_whatever_is_wrong_with_it() -> None:
+    simulate(lambda swarm: storm(swarm, each=100), seed=36)
+
+
+@pytest.mark.large
+def test_a_hundred_thousand_bad_records_leave_nothing() -> None:
+    simulate(lambda swarm: storm(swarm, each=11_200), seed=37)
+
+
+def test_a_flooding_member_is_held_to_its_rate_and_its_share() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.bootstrap(1)
+        victim, attacker, asker = await swarm.grow(Role.WORKER, 3)
+        protocol = attacker.running.node.protocol
+        contact = attacker.running.node.table.get(victim.node_id)
+        assert contact is not None
+        for _ in range(10_000):
+            protocol.request(contact.address, Op.PING, msgpack.packb([]), node_id=victim.node_id)
+        await asyncio.sleep(0.2)
+        stats = victim.running.stats()
+        assert stats["refused_rate"] > 1_000
+        assert stats["refused_rate"] + stats.get("refused_replayed", 0) > 5_000  # far ahead of its window
+        assert await asker.publish() >= 2
+        for at in range(swarm.config.max_stores_per_peer + 50):
+            sybil = swarm.mesh.identity(Role.WORKER, now=WALL_START)
+            fake = replace(attacker.record(), node_id=sybil.node_id, seq=at)
+            record = seal_record(fake, sybil.key, sybil.credentials.membership)
+            body = msgpack.packb([[role_key(Role.WORKER)], 20_000, record.signed])
+            await protocol.request(contact.address, Op.STORE, body, node_id=victim.node_id)
+        assert victim.running.stats()["store_over_quota"] >= 50
+        assert len(victim.running.node.store) <= swarm.config.max_stores_per_peer + 1
+
+    simulate(scenario, seed=38)

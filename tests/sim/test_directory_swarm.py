@@ -1,0 +1,303 @@
+"""A hundred nodes of the real directory: they join, publish and find each other, on good networks and bad."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from mesh.records import State, model_key
+from mesh.trust import Role
+from tests.support.network import Conditions
+from tests.support.swarm import MODEL, SimNode, Swarm, simulate
+
+
+async def ready_mesh(swarm: Swarm, workers: int, *, proxies: int = 2, bootstraps: int = 2) -> tuple[list[SimNode], list[SimNode]]:
+    """A mesh whose workers have announced themselves and whose proxies watch."""
+    await swarm.bootstrap(bootstraps)
+    fleet = await swarm.grow(Role.WORKER, workers, over_s=2.0)
+    front = await swarm.grow(Role.PROXY, proxies)
+    for worker in fleet:
+        worker.announce()
+    for proxy in front:
+        proxy.running.watch(Role.WORKER, lambda record: None, interval_s=5.0)
+    await asyncio.sleep(6.0)
+    return fleet, front
+
+
+def ids(nodes: list[SimNode]) -> set[bytes]:
+    return {node.node_id for node in nodes}
+
+
+def known(proxy: SimNode) -> set[bytes]:
+    return {record.node_id for record in proxy.running.known(Role.WORKER)}
+
+
+async def found(proxy: SimNode) -> set[bytes]:
+    return {record.node_id for record in await proxy.running.find_role(Role.WORKER)}
+
+
+async def until(condition: object, *, within_s: float) -> float:
+    """Wait in virtual time until ``condition()`` holds; returns how long it took."""
+    assert callable(condition)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while not condition():
+        assert loop.time() - began < within_s, f"not within {within_s} s"
+        await asyncio.sleep(0.01)
+    return loop.time() - began
+
+
+def test_a_hundred_nodes_join_publish_and_find_each_other() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 100, proxies=4)
+        for proxy in front:
+            assert await found(proxy) == ids(fleet)
+            assert known(proxy) == ids(fleet)
+            models = await proxy.running.find_model(MODEL)
+            assert {record.node_id for record in models} == ids(fleet)
+        assert all(len(node.running.peers()) >= 20 for node in swarm.nodes)
+        assert swarm.network.fired["oversized"] == 0
+
+    simulate(scenario, seed=11)
+
+
+def test_a_worker_that_becomes_ready_is_routable_at_every_proxy_at_once() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        _, front = await ready_mesh(swarm, 60, proxies=4)
+        (late,) = await swarm.grow(Role.WORKER, 1)
+        await late.publish()
+        took_s = await until(lambda: all(late.node_id in known(proxy) for proxy in front), within_s=1.0)
+        assert took_s < 0.3
+
+    simulate(scenario, seed=12)
+
+
+def test_same_seed_same_trace_and_another_seed_another() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        _, front = await ready_mesh(swarm, 30)
+        await found(front[0])
+
+    bad = Conditions(loss=0.02, duplication=0.02, reordering=0.05)
+    one, two, other = (simulate(scenario, seed=seed, conditions=bad).network.trace for seed in (13, 13, 14))
+    assert one == two
+    assert one != other
+
+
+def test_a_lossy_reordering_duplicating_network_costs_nobody() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 60)
+        for proxy in front:
+            await until(lambda proxy=proxy: known(proxy) == ids(fleet), within_s=10.0)
+            assert await found(proxy) == ids(fleet)
+        for fault in ("lost", "duplicated", "reordered"):
+            assert swarm.network.fired[fault] > 100, fault
+        assert sum(node.running.stats().get("refused_replayed", 0) for node in swarm.nodes) > 0
+
+    simulate(scenario, seed=15, conditions=Conditions(loss=0.05, duplication=0.05, reordering=0.1))
+
+
+def test_a_third_of_all_nodes_dying_at_once_loses_no_living_worker() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 100, proxies=4)
+        victims = swarm.rng.sample(fleet, 33)
+        await swarm.crash(victims)
+        living = ids([node for node in fleet if node.alive])
+        for proxy in front:
+            began = swarm.loop.time()
+            assert await found(proxy) >= living
+            assert swarm.loop.time() - began < 1.0
+        await asyncio.sleep(swarm.config.record_ttl_s)
+        for proxy in front:
+            assert known(proxy) == await found(proxy) == living
+
+    simulate(scenario, seed=16)
+
+
+async def partition_and_heal(swarm: Swarm, workers: int, *, for_s: float) -> None:
+    fleet, front = await ready_mesh(swarm, workers, proxies=4)
+    half = {node.address: at % 2 for at, node in enumerate(swarm.nodes)}
+    swarm.network.partition(half)
+    await asyncio.sleep(for_s)
+    assert swarm.network.fired["partitioned"] > 0
+    for proxy in front:
+        reachable = {node.node_id for node in fleet if half[node.address] == half[proxy.address]}
+        assert known(proxy) == reachable
+    swarm.network.heal()
+    took_s = await until(lambda: all(known(proxy) == ids(fleet) for proxy in front), within_s=10.0)
+    print(f"one view {took_s:.2f} s after healing")
+
+
+def test_a_partition_heals_into_one_view() -> None:
+    simulate(lambda swarm: partition_and_heal(swarm, 40, for_s=90.0), seed=17)
+
+
+@pytest.mark.large
+def test_a_partition_of_ten_minutes_heals_into_one_view() -> None:
+    simulate(lambda swarm: partition_and_heal(swarm, 100, for_s=600.0), seed=17)
+
+
+def test_a_worker_that_cannot_be_reached_serves_and_is_in_no_table() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 30)
+        hidden = swarm.add(Role.WORKER, serve=False)
+        hidden.host.nat = True
+        await hidden.boot()
+        assert await hidden.running.joined(timeout_s=5.0)
+        assert await hidden.publish() >= 3
+        await asyncio.sleep(0.5)
+        assert all(hidden.node_id in known(proxy) for proxy in front)
+        (record,) = [record for record in front[0].running.known(Role.WORKER) if record.node_id == hidden.node_id]
+        assert record.outbound_only
+        for node in (*fleet, *front):
+            assert hidden.node_id not in {peer.node_id for peer in node.running.peers()}
+
+    simulate(scenario, seed=18)
+
+
+def test_a_nat_that_changes_the_port_costs_one_round_trip() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await ready_mesh(swarm, 30)
+        hidden = swarm.add(Role.WORKER, serve=False)
+        await hidden.boot()
+        assert await hidden.running.joined(timeout_s=5.0)
+        assert await hidden.publish() >= 3
+        swarm.network.rebind((hidden.address, 7400))
+        assert await hidden.publish() >= 3
+        assert swarm.network.fired["rebound"] == 1
+
+    simulate(scenario, seed=19)
+
+
+def test_clocks_half_a_minute_off_are_tolerated() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.bootstrap(2)
+        fleet = []
+        for at in range(45):
+            fleet += await swarm.grow(Role.WORKER, 1, over_s=0.05, skew_s=(-30.0, 0.0, 30.0)[at % 3])
+        front = [
+            *await swarm.grow(Role.PROXY, 1, skew_s=-30.0),
+            *await swarm.grow(Role.PROXY, 1, skew_s=30.0),
+            *await swarm.grow(Role.PROXY, 1),
+        ]
+        for worker in fleet:
+            worker.announce()
+        await asyncio.sleep(30.0)
+        for proxy in front:
+            assert await found(proxy) == ids(fleet)
+        gone = fleet[:6]
+        await swarm.crash(gone)
+        await asyncio.sleep(swarm.config.record_ttl_s + 1.0)
+        for proxy in front:
+            assert await found(proxy) == ids(fleet[6:])
+
+    simulate(scenario, seed=20)
+
+
+def test_a_proxy_restarted_with_every_bootstrap_down_finds_its_workers(tmp_path: Path) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, _ = await ready_mesh(swarm, 30)
+        (proxy,) = await swarm.grow(Role.PROXY, 1, state_dir=tmp_path)
+        await asyncio.sleep(5.0)
+        await proxy.crash()
+        await swarm.crash(node for node in swarm.nodes if node.identity.role == Role.BOOTSTRAP)
+        await asyncio.sleep(60.0)
+        await proxy.boot()
+        assert await proxy.running.joined(timeout_s=5.0)
+        assert await found(proxy) == ids(fleet)
+
+    simulate(scenario, seed=21)
+
+
+def test_a_worker_restarted_under_its_id_is_current_at_once() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 30)
+        worker = fleet[0]
+        await worker.crash()
+        await asyncio.sleep(1.0)
+        await worker.boot()
+        assert await worker.running.joined(timeout_s=5.0)
+        worker.announce()
+        boot_ms = worker.boot_ms
+
+        def current() -> bool:
+            records = [record for record in front[0].running.known(Role.WORKER) if record.node_id == worker.node_id]
+            return [record.boot for record in records] == [boot_ms]
+
+        await until(current, within_s=2.0)
+
+    simulate(scenario, seed=22)
+
+
+def test_a_draining_worker_leaves_its_models_at_once_and_its_role_with_its_record() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 30)
+        leaver = fleet[0]
+        leaver.state = State.DRAINING
+        await leaver.publish()
+        models = await front[0].running.find(model_key(MODEL))
+        assert leaver.node_id not in {record.node_id for record in models}
+        await leaver.shut_down()
+        await asyncio.sleep(swarm.config.record_ttl_s + 1.0)
+        assert leaver.node_id not in known(front[0]) | await found(front[0])
+
+    simulate(scenario, seed=23)
+
+
+def test_isolated_nodes_knock_until_a_bootstrap_node_opens() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        first = swarm.add(Role.BOOTSTRAP)
+        swarm.network.names["bootstrap.example"] = [first.address]
+        swarm.bootstraps += ["bootstrap.example:7400"]
+        early = swarm.add(Role.WORKER)
+        await early.boot()
+        assert not await early.running.joined(timeout_s=60.0)
+        await first.boot()
+        assert await early.running.joined(timeout_s=20.0)
+
+    simulate(scenario, seed=24)
+
+
+def test_a_first_bootstrap_that_names_only_itself_has_joined() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        first = swarm.add(Role.BOOTSTRAP)
+        first.bootstraps = [f"{first.address}:7400"]
+        await first.boot()
+        assert await first.running.joined(timeout_s=5.0)
+
+    simulate(scenario, seed=25)
+
+
+def test_ghosts_are_gone_after_one_lifetime_and_never_come_back() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 20)
+        killed: set[bytes] = set()
+        for _ in range(30):
+            victim = swarm.rng.choice(fleet)
+            fleet.remove(victim)
+            killed.add(victim.node_id)
+            await victim.crash()
+            fleet += await swarm.grow(Role.WORKER, 1, over_s=0.0)
+            fleet[-1].announce()
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(swarm.config.record_ttl_s)
+        for _ in range(6):
+            for proxy in front:
+                assert not (await found(proxy) | known(proxy)) & killed
+            await asyncio.sleep(10.0)
+        assert known(front[0]) == ids(fleet)
+
+    simulate(scenario, seed=26)
+
+
+@pytest.mark.large
+def test_thousand_nodes_thirty_percent_dead() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 1_000, proxies=8)
+        await swarm.crash(swarm.rng.sample(fleet, 300))
+        living = ids([node for node in fleet if node.alive])
+        for proxy in front:
+            assert await found(proxy) >= living
+
+    simulate(scenario, seed=27)
