@@ -16,7 +16,7 @@ from mesh import __version__, runtime
 from mesh.authority import Admission, load_admission, open_mesh
 from mesh.clock import Clock, SystemClock
 from mesh.directory import Directory
-from mesh.enrol import RENEW_AT, RENEW_JITTER, known_bootstraps, open_identity
+from mesh.enrol import known_bootstraps, open_identity, until_half_life
 from mesh.errors import ConfigError
 from mesh.identity import Identity, IdentityStore
 from mesh.node import About, Announcer
@@ -120,10 +120,7 @@ async def admit_itself(admission: Admission, store: IdentityStore, clock: Clock)
 async def keep_admitted(identity: Identity, admission: Admission, store: IdentityStore, clock: Clock, rng: random.Random) -> None:
     """Renew its own certificate at half life, for as long as it runs."""
     while True:
-        member = identity.membership
-        life_s = member.expires - member.issued
-        due = member.issued + life_s * (RENEW_AT + rng.uniform(-RENEW_JITTER, RENEW_JITTER))
-        await clock.sleep(max(0.0, due - clock.wall()))
+        await until_half_life(identity.membership, clock, rng)
         now = clock.wall()
         credentials = admission.admit(identity.key.public_key(), Role.BOOTSTRAP, now=now)
         identity.renew(credentials, now=now)

@@ -42,6 +42,7 @@ from mesh.identity import (
     write_private,
 )
 from mesh.invite import JoinToken, parse_token
+from mesh.membership import Membership
 from mesh.trust import Role, key_id
 
 log = structlog.get_logger(__name__)
@@ -56,6 +57,7 @@ ENROL_FOR_S = 60.0
 RENEW_AT = 0.5
 RENEW_JITTER = 0.1
 """Of the certificate's life: renewals of nodes started together drift apart."""
+LOOK_AGAIN_S = 300.0
 RENEW_RETRY_S = (5.0, 300.0)
 """First and longest pause between attempts to renew."""
 MAX_BOOTSTRAPS = 64
@@ -144,15 +146,20 @@ async def keep_renewed(
     """
     renewed = renewed or renew
     while True:
-        member = identity.membership
-        life_s = member.expires - member.issued
-        due = member.issued + life_s * (RENEW_AT + rng.uniform(-RENEW_JITTER, RENEW_JITTER))
-        await clock.sleep(max(0.0, due - clock.wall()))
+        await until_half_life(identity.membership, clock, rng)
         admitted = await renewed(identity, store.directory, bootstraps, clock=clock, rng=rng)
         bootstraps = admitted.bootstraps or bootstraps
         await asyncio.to_thread(store.save, admitted.credentials, identity.mesh_id)
         await asyncio.to_thread(remember_bootstraps, store.directory, bootstraps)
         log.info("node.renewed", until=int(identity.membership.expires))
+
+
+async def until_half_life(member: Membership, clock: Clock, rng: random.Random) -> None:
+    """Wait until half of a membership's life is over, more or less. Looks at the wall clock often: a machine may have slept."""
+    life_s = member.expires - member.issued
+    due = member.issued + life_s * (RENEW_AT + rng.uniform(-RENEW_JITTER, RENEW_JITTER))
+    while (left_s := due - clock.wall()) > 0:
+        await clock.sleep(min(left_s, LOOK_AGAIN_S))
 
 
 async def renew(identity: Identity, directory: Path, bootstraps: tuple[str, ...], *, clock: Clock, rng: random.Random) -> Admitted:

@@ -357,7 +357,7 @@ async def test_running_node_renews_by_itself(b1: Bootstrap, tmp_path: Path) -> N
         async def sleep(self, delay_s: float) -> None:
             if self.ahead_s:
                 await asyncio.Event().wait()
-            self.ahead_s = delay_s
+            self.ahead_s = 15 * 3600.0
 
     config, clock = newcomer(tmp_path, b1.token()), Hurried()
     identity = await enrol(config)
