@@ -93,7 +93,7 @@ class Attempt:
                 self.fail(InvalidRequest("The client stopped reading the answer"))
             return
         self._client_seen = (now, 0)
-        seen = (self._downstream.bytes_sent, self._stream.credit if self._stream is not None else 0)
+        seen = (self._downstream.bytes_sent, self._stream.granted if self._stream is not None else 0)
         if seen != self._worker_seen:
             self._worker_seen, self.last_sign_at = seen, now
         elif now - self.last_sign_at > patience_s:

@@ -365,21 +365,19 @@ class Link(asyncio.Protocol):
 class _Sending:
     """The sending half of a stream: pieces of at most one frame, never more than the peer gave credit for."""
 
-    __slots__ = ("_credit", "_more", "done", "link", "number")
+    __slots__ = ("_credit", "_more", "done", "granted", "link", "number")
 
     def __init__(self, link: Link, number: int) -> None:
         self.link = link
         self.number = number
         self.done = False
+        self.granted = 0
+        """Credit that came from the peer so far, in bytes: it grows as the peer takes what is sent."""
         self._credit = WINDOW_BYTES
         self._more: asyncio.Event | None = None
 
-    @property
-    def credit(self) -> int:
-        """How many bytes may be sent right now."""
-        return self._credit
-
     def add_credit(self, count: int) -> None:
+        self.granted += count
         self._credit += count
         if self._credit > 2**31:
             raise ProtocolError("more credit than makes sense")

@@ -138,11 +138,12 @@ async def test_sender_stops_at_the_window_until_the_reader_has_consumed() -> Non
     await pair.settle()
     assert len(slow.data) == WINDOW_BYTES
     assert not sending.done()
-    assert stream.credit == 0
+    assert stream.granted == 0
 
     slow.stream.consumed(WINDOW_BYTES)
     await pair.settle()
     assert len(slow.data) == 2 * WINDOW_BYTES
+    assert stream.granted == WINDOW_BYTES
     assert sending.done()
 
 
