@@ -1,0 +1,196 @@
+"""Slots and the queue for them: never more than the limit, first come first served, and nobody lost however waiters come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from mesh.errors import Overloaded
+from worker.admission import Admission
+
+
+class Crowd:
+    """Requests that hold a slot until they are told to leave."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+        self.entered: list[int] = []
+        self.refused: list[int] = []
+        self.most = 0
+        self._leave: dict[int, asyncio.Event] = {}
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+
+    def come(self, number: int) -> asyncio.Task[None]:
+        self._leave[number] = asyncio.Event()
+        self.tasks[number] = asyncio.create_task(self._hold(number))
+        return self.tasks[number]
+
+    def leave(self, number: int) -> None:
+        self._leave[number].set()
+
+    async def _hold(self, number: int) -> None:
+        try:
+            async with self.admission.slot():
+                self.entered.append(number)
+                self.most = max(self.most, self.admission.running)
+                await self._leave[number].wait()
+        except Overloaded:
+            self.refused.append(number)
+
+
+async def settle() -> None:
+    for _ in range(6):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def crowd() -> Crowd:
+    return Crowd(Admission(limit=2, queue_limit=3))
+
+
+async def test_slots_are_given_in_the_order_of_coming(crowd: Crowd) -> None:
+    for number in range(5):
+        crowd.come(number)
+    await settle()
+    assert crowd.entered == [0, 1]
+    assert (crowd.admission.running, crowd.admission.waiting) == (2, 3)
+    for number in (1, 0, 2, 3, 4):
+        crowd.leave(number)
+        await settle()
+    assert crowd.entered == [0, 1, 2, 3, 4]
+    assert crowd.most == 2
+
+
+async def test_one_too_many_is_refused_at_once_with_a_time_to_come_back(crowd: Crowd) -> None:
+    for number in range(6):
+        crowd.come(number)
+    await settle()
+    assert crowd.refused == [5]
+    with pytest.raises(Overloaded) as caught:
+        crowd.admission.check()
+    assert caught.value.retry_after_s
+    crowd.leave(0)
+    await settle()
+    crowd.admission.check()
+
+
+async def test_newcomer_does_not_overtake_the_queue(crowd: Crowd) -> None:
+    for number in range(3):
+        crowd.come(number)
+    await settle()
+    crowd.leave(0)
+    crowd.come(3)  # in the very turn in which a slot is handed over
+    await settle()
+    assert crowd.entered == [0, 1, 2]
+
+
+async def test_no_queue_means_refused_at_the_limit() -> None:
+    crowd = Crowd(Admission(limit=1, queue_limit=0))
+    crowd.come(0)
+    crowd.come(1)
+    await settle()
+    assert crowd.refused == [1]
+    crowd.leave(0)
+    await asyncio.wait_for(crowd.admission.idle(), 5)
+
+
+async def test_cancelled_waiter_leaves_the_queue(crowd: Crowd) -> None:
+    for number in range(4):
+        crowd.come(number)
+    await settle()
+    crowd.tasks[2].cancel()
+    await settle()
+    assert crowd.admission.waiting == 1
+    crowd.leave(0)
+    await settle()
+    assert crowd.entered == [0, 1, 3]
+
+
+async def test_waiter_cancelled_in_the_turn_of_a_release_neither_keeps_nor_loses_a_slot(crowd: Crowd) -> None:
+    for number in range(4):
+        crowd.come(number)
+    await settle()
+    crowd.tasks[2].cancel()
+    crowd.leave(0)
+    await settle()
+    assert crowd.tasks[2].cancelled()
+    assert crowd.entered == [0, 1, 3]
+    assert crowd.admission.running == 2
+
+
+async def test_waiter_cancelled_before_a_release_reaches_it_is_passed_over(crowd: Crowd) -> None:
+    for number in range(4):
+        crowd.come(number)
+    await settle()
+    crowd.leave(0)
+    await asyncio.sleep(0)  # the leaver is about to run: it will meet a waiter that was cancelled before it
+    crowd.tasks[2].cancel()
+    await settle()
+    assert crowd.tasks[2].cancelled()
+    assert crowd.entered == [0, 1, 3]
+    assert (crowd.admission.running, crowd.admission.waiting) == (2, 0)
+
+
+async def test_slot_handed_to_a_waiter_that_is_cancelled_then_goes_to_the_next(crowd: Crowd) -> None:
+    for number in range(4):
+        crowd.come(number)
+    await settle()
+    turn = crowd.admission._queue[0]
+    crowd.admission._release()
+    assert turn.done()
+    crowd.tasks[2].cancel()
+    await settle()
+    assert crowd.entered == [0, 1, 3]
+
+
+async def test_idle_waits_for_the_running_and_the_waiting(crowd: Crowd) -> None:
+    await asyncio.wait_for(crowd.admission.idle(), 5)
+    for number in range(3):
+        crowd.come(number)
+    await settle()
+    waiting = asyncio.create_task(crowd.admission.idle())
+    for number in (0, 1):
+        crowd.leave(number)
+        await settle()
+        assert not waiting.done()
+    crowd.leave(2)
+    await asyncio.wait_for(waiting, 5)
+
+
+async def test_failing_request_gives_its_slot_back() -> None:
+    admission = Admission(limit=1, queue_limit=1)
+    with pytest.raises(ZeroDivisionError):
+        async with admission.slot():
+            _ = 1 // 0
+    assert admission.running == 0
+    await asyncio.wait_for(admission.idle(), 5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_nobody_is_lost_however_they_come_and_go(seed: int) -> None:
+    rng = random.Random(seed)
+    limit, queue_limit = rng.randint(1, 4), rng.randint(0, 5)
+    crowd = Crowd(Admission(limit=limit, queue_limit=queue_limit))
+    for number in range(200):
+        crowd.come(number)
+        for _ in range(rng.randint(0, 3)):
+            other = rng.randint(0, number)
+            if rng.random() < 0.5:
+                crowd.leave(other)
+            else:
+                crowd.tasks[other].cancel()
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)
+        if rng.random() < 0.5:
+            await asyncio.sleep(0)
+        assert crowd.admission.running <= limit
+        assert crowd.admission.waiting <= queue_limit
+    for number in range(200):
+        crowd.leave(number)
+    results = await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
+    assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
+    assert crowd.most <= limit
+    assert (crowd.admission.running, crowd.admission.waiting) == (0, 0)
+    await asyncio.wait_for(crowd.admission.idle(), 5)
