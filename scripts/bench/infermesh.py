@@ -59,6 +59,7 @@ class Wish:
     proxies: int = 1
     worker_program: Path | None = None
     env: tuple[tuple[str, str], ...] = ()
+    favoured: bool = False
 
 
 def program(name: str) -> str:
@@ -87,6 +88,8 @@ def start_infermesh(wish: Wish) -> Mesh:
         raise
     for role in mesh.pids:
         for pid in mesh.tree(role):
+            if wish.favoured:
+                processes.favour(pid)
             processes.pin(pid, wish.proxy_cores if role == "proxy" else wish.other_cores)
     return mesh
 

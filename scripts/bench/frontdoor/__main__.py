@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def measure_front(lab: measure.Lab, target: Target, counts: Sequence[int], searc
         out["streams"][str(count)] = result
         gap = result["gap"].get("p99_us", 0) / 1e3
         console.print(f"  {count} streams: {report.us(result, 'proxy')} µs a token, gap p99 {gap:.1f} ms, {result['tokens_per_s']:.0f}/s")
-        if max(result["core_share"]["proxy"], 0) > SATURATED and count != counts[-1]:
+        if result["core_share"]["proxy"] > SATURATED and count != counts[-1]:
             out["saturated_at"] = count
             break
     middle = str(counts[min(1, len(counts) - 1)])
@@ -138,6 +139,8 @@ def cores(text: str) -> tuple[int, ...]:
 @click.option("--spread", is_flag=True, help="Give every stream a phase of its own instead of one engine step for all.")
 @click.option("--proxy-cores", default="0", show_default=True, help="Cores of the front under test.")
 @click.option("--other-cores", default="1", show_default=True, help="Cores of everything else.")
+@click.option("--favour", is_flag=True, help="On a busy machine: ahead of everybody else's processes (root).")
+@click.option("--patience", "patience_s", default=0.0, show_default=True, help="Seconds to wait for idle cores, each time.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the figures here (PNG).")
 def main(
@@ -149,9 +152,14 @@ def main(
     spread: bool,
     proxy_cores: str,
     other_cores: str,
+    favour: bool,
+    patience_s: float,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if favour:
+        processes.favour(os.getpid())
     counts = [int(part) for part in streams.split(",")]
     if (os.cpu_count() or 1) < 2:
         raise click.UsageError("two cores are needed: one for the front, one for the rest")
@@ -168,11 +176,12 @@ def main(
             other_cores=rest_cores,
             window_s=2.0 if quick else window_s,
             warm_s=0.5 if quick else 1.0,
+            patience_s=patience_s,
         )
         for name in chosen(names):
             console.print(f"[bold]{name}[/bold]")
             try:
-                with running(name, engine_port, front_cores, rest_cores) as target:
+                with running(name, engine_port, front_cores, rest_cores, favour) as target:
                     results["fronts"][name] = measure_front(lab, target, counts, not quick and not no_search)
                 if name not in ("direct", "infermesh-proxy") and not quick:
                     results["fronts"][name]["tls"] = measure_tls(name, lab, 200)

@@ -19,6 +19,8 @@ TOKENS_PER_S = 50
 DELIVERED_AT_LEAST = 0.98
 FOREIGN_LIMIT = 0.05
 TRIALS = 3
+QUIET_WINDOW_S = 0.5
+QUIET_SHARE = 0.15
 
 Json = dict[str, Any]
 
@@ -34,6 +36,7 @@ class Lab:
     other_cores: tuple[int, ...]
     window_s: float
     warm_s: float
+    patience_s: float = 0.0
 
 
 def engine_stats(lab: Lab) -> Json:
@@ -105,6 +108,7 @@ def run(lab: Lab, target: Target, arguments: Sequence[str]) -> Json:
     """Measure; again, at most TRIALS times, while something that is not ours used the cores. The quietest counts."""
     best: Json | None = None
     for _ in range(TRIALS):
+        wait_for_quiet(lab)
         result = _once(lab, target, arguments)
         if best is None or result["foreign_share"] < best["foreign_share"]:
             best = result
@@ -112,6 +116,18 @@ def run(lab: Lab, target: Target, arguments: Sequence[str]) -> Json:
             break
     assert best is not None
     return best
+
+
+def wait_for_quiet(lab: Lab) -> None:
+    """Wait, at most the lab's patience, until the cores have been idle for half a second."""
+    deadline = time.monotonic() + lab.patience_s
+    cores = (*lab.proxy_cores, *lab.other_cores)
+    while time.monotonic() < deadline:
+        before = processes.core_busy_s()
+        time.sleep(QUIET_WINDOW_S)
+        after = processes.core_busy_s()
+        if max(after[core] - before[core] for core in cores) < QUIET_SHARE * QUIET_WINDOW_S:
+            return
 
 
 def plain(lab: Lab, target: Target, concurrency: int) -> Json:
@@ -123,6 +139,13 @@ def streams(lab: Lab, target: Target, count: int, sample: float = 1.0, probes: i
     """Streams kept open, a token each 20 ms."""
     options = ["-s", str(count), "-t", str(lab.window_s), "--warm", str(lab.warm_s), "--sample", str(sample)]
     return run(lab, target, ["streams", *options, "--ramp", "20", "--probes", str(probes)])
+
+
+def clean(result: Json) -> bool:
+    """Whether tokens came one by one and on time; if not, something was overrun and the cost of a token says little."""
+    gap_ms = result["gap"].get("p50_us", 0) / 1e3
+    wanted = DELIVERED_AT_LEAST * TOKENS_PER_S * result["streams_wanted"]
+    return bool(15 <= gap_ms <= 25 and result["tokens_per_s"] >= wanted and not result["errors"])
 
 
 def holds(result: Json, count: int) -> bool:

@@ -64,14 +64,18 @@ def accepts(port: int) -> bool:
 
 
 @contextmanager
-def running(name: str, engine_port: int, proxy_cores: Sequence[int], other_cores: Sequence[int]) -> Iterator[Target]:
+def running(name: str, engine_port: int, proxy_cores: Sequence[int], other_cores: Sequence[int], favoured: bool) -> Iterator[Target]:
     """The named front in front of the stand-in. Raises peers.Missing or infermesh.NotYet where it cannot be started."""
     engine_url = f"http://127.0.0.1:{engine_port}"
     if name == "direct":
         yield Target(name=name, port=engine_port)
     elif name in MESHES:
         wish = infermesh.Wish(
-            engine_urls=(engine_url,), proxy_cores=tuple(proxy_cores), other_cores=tuple(other_cores), worker_program=MESHES[name]
+            engine_urls=(engine_url,),
+            proxy_cores=tuple(proxy_cores),
+            other_cores=tuple(other_cores),
+            worker_program=MESHES[name],
+            favoured=favoured,
         )
         mesh = infermesh.start_infermesh(wish)
         try:
