@@ -110,8 +110,11 @@ class App:
             self._idle.set()
 
     def _route(self, request: web.BaseRequest) -> Handler:
-        path = request.path
+        path = request.raw_path
         methods = self._routes.get(path)
+        if methods is None:
+            path = request.path  # without the query, percent-decoded
+            methods = self._routes.get(path)
         if methods is None and path.startswith("/v1/models/"):
             methods = {"GET": self._model}
         if methods is None:
@@ -164,15 +167,16 @@ class App:
     # -- inference
 
     async def _infer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
-        started = time.monotonic()
-        task, model = TASKS[request.path], ""
+        started, path = time.monotonic(), request.path
+        task, model = TASKS[path], ""
         code = "cancelled"
         self._enter()
         try:
             key = self._authenticate(request)
-            call = parse_call(request.path, await self._read_body(request))
+            call = parse_call(path, await self._read_body(request))
             self._gate.authorize(key, call.model)
-            self._check_known(call)
+            if not self._fleet.candidates(call.model, call.task):
+                raise self._nobody(call)
             model = call.model
             response = await self._serve(request, request_id, key, call)
             code = "ok"
@@ -190,9 +194,9 @@ class App:
             raise
         finally:
             self._leave()
-            self._metrics.requests.labels(model, task, code).inc()
+            self._metrics.requests(model, task, code).inc()
             if model:
-                self._metrics.duration.labels(model).observe(time.monotonic() - started)
+                self._metrics.duration(model).observe(time.monotonic() - started)
 
     async def _serve(self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call) -> web.StreamResponse:
         """Attempt after attempt until one succeeds, none is left, or the client has been given a byte."""
@@ -200,17 +204,16 @@ class App:
         if transport is None:
             raise ConnectionResetError
         downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
-        tried: set[bytes] = set()
+        wish = Wish(model=call.model)
         failed, last = 0, None
         while True:
-            wish = Wish(model=call.model, avoid=frozenset(tried))
             worker = choose(self._fleet.candidates(call.model, call.task), wish, self._rng)
             if worker is None:
-                raise last or self._no_worker(call)
+                raise last or self._nobody(call)
             try:
                 await self._attempt(worker, downstream, request_id, key, call)
             except MeshError as error:
-                tried.add(worker.node_id)
+                wish = Wish(model=call.model, avoid=wish.avoid | {worker.node_id})
                 if counts_against_worker(error):
                     failed += 1
                     worker.failed += 1
@@ -221,7 +224,7 @@ class App:
                 if not self._retry.again(error, failed=failed, started=False):
                     raise
                 log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)
-                self._metrics.retries.labels(error.code).inc()
+                self._metrics.retries(error.code).inc()
                 downstream.forget_head()
                 last = error
             else:
@@ -251,10 +254,10 @@ class App:
             self._attempts.discard(attempt)
         worker.served += 1
         prompt, completion = usage_of(trailer)
-        self._metrics.tokens.labels(call.model, "prompt").inc(prompt)
-        self._metrics.tokens.labels(call.model, "completion").inc(completion)
+        self._metrics.tokens(call.model, "prompt").inc(prompt)
+        self._metrics.tokens(call.model, "completion").inc(completion)
         if attempt.first_byte_at is not None:
-            self._metrics.first_byte.labels(call.model).observe(attempt.first_byte_at - now)
+            self._metrics.first_byte(call.model).observe(attempt.first_byte_at - now)
 
     async def sweep(self) -> None:
         """A task for the life of the process: end attempts whose worker gives no sign."""
@@ -270,13 +273,14 @@ class App:
         return self._gate.authenticate(request.headers.get("Authorization"))
 
     async def _read_body(self, request: web.BaseRequest) -> bytes:
-        limit = self._config.max_body_bytes
-        too_large = BodyTooLarge(f"The request body is larger than the {limit} bytes allowed here")
-        if (request.content_length or 0) > limit:
-            raise too_large
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        headers, limit, content = request.headers, self._config.max_body_bytes, request.content
+        if "Content-Encoding" in headers and headers["Content-Encoding"].lower() != "identity":
             raise InvalidRequest("Send the body without Content-Encoding")
-        if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        if content.is_eof() and content.exception() is None and content.total_bytes <= limit:
+            return content.read_nowait()  # it came together with the head: the usual case
+        if (request.content_length or 0) > limit:
+            raise self._too_large()
+        if headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
@@ -284,21 +288,21 @@ class App:
         except TimeoutError:
             raise InvalidRequest("The request body did not arrive in time") from None
         except web.HTTPRequestEntityTooLarge:
-            raise too_large from None
+            raise self._too_large() from None
         except web.RequestPayloadError:
             raise InvalidRequest("The request body is not valid HTTP") from None
 
-    def _check_known(self, call: Call) -> None:
-        """404 for a model nobody serves or has lately served; 400 for one that cannot do what is asked."""
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The request body is larger than the {self._config.max_body_bytes} bytes allowed here")
+
+    def _nobody(self, call: Call) -> MeshError:
+        """Why no linked worker can take a call: 404 for a model nobody serves, 400 for one that cannot do what is asked, else 503."""
         tasks = self._fleet.tasks(call.model)
         if tasks and call.task not in tasks:
-            raise InvalidRequest(
-                f"The model '{call.model}' does not serve {call.path}; it serves {', '.join(sorted(tasks))}", param="model"
-            )
+            told = f"The model '{call.model}' does not serve {call.path}; it serves {', '.join(sorted(tasks))}"
+            return InvalidRequest(told, param="model")
         if not tasks and not self._views.knows(call.model):
-            raise ModelNotFound(f"The model '{call.model[:128]}' does not exist; GET /v1/models lists those that do", param="model")
-
-    def _no_worker(self, call: Call) -> MeshError:
+            return ModelNotFound(f"The model '{call.model[:128]}' does not exist; GET /v1/models lists those that do", param="model")
         return NoWorker(f"No worker is ready to serve '{call.model}' right now; try again shortly", retry_after_s=2.0)
 
 

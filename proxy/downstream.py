@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
@@ -20,6 +19,7 @@ from proxy.respond import error_event
 
 _CONTENT_TYPE = re.compile(r"[a-z]+/[a-z0-9.+-]+(; ?charset=[A-Za-z0-9-]+)?")
 _EVENT_STREAM = "text/event-stream"
+_USUAL = (_EVENT_STREAM, "application/json")
 LINGER_S = 30.0
 """How long a client may take to read the end of an answer that was broken off, before its connection is cut."""
 
@@ -37,7 +37,6 @@ class Downstream:
         "_wants_keep_alive",
         "request",
         "started",
-        "status",
         "transport",
     )
 
@@ -45,7 +44,6 @@ class Downstream:
         self.request = request
         self.transport = transport
         self.started = False
-        self.status = 0
         self._wants_keep_alive = self._keep_alive = keep_alive
         self._chunked = False
         self._stream = False
@@ -69,14 +67,13 @@ class Downstream:
         if status != 200 or type(status) is not int:
             # Not even 204: an answer that has no body by its status, but is followed by one, would be read as the next answer.
             raise ProtocolError("HEAD with a status other than 200")
-        if not isinstance(content_type, str) or _CONTENT_TYPE.fullmatch(content_type) is None:
+        if content_type not in _USUAL and (not isinstance(content_type, str) or _CONTENT_TYPE.fullmatch(content_type) is None):
             raise ProtocolError("HEAD with a bad content type")
         if length is not None and (type(length) is not int or length < 0):
             raise ProtocolError("HEAD with a bad length")
-        self.status = status
         self._stream = content_type.startswith(_EVENT_STREAM)
         self._length = length
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {content_type}"]
+        lines = ["HTTP/1.1 200 OK", f"Content-Type: {content_type}"]
         if length is not None:
             lines.append(f"Content-Length: {length}")
         elif self.request.version >= (1, 1):
@@ -135,7 +132,7 @@ class Downstream:
 
     def response(self) -> web.StreamResponse:
         """What the HTTP server is given once everything has been written."""
-        return _Written(self.status, keep_alive=self._keep_alive)
+        return _KEEP if self._keep_alive else _CLOSE
 
     def _start(self) -> bytes:
         if not self._head:
@@ -147,8 +144,8 @@ class Downstream:
 class _Written(web.StreamResponse):
     """An answer whose bytes have left already: the server only asks it whether to keep the connection."""
 
-    def __init__(self, status: int, *, keep_alive: bool) -> None:
-        super().__init__(status=status)
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
         self._keep = keep_alive
 
     @property
@@ -160,3 +157,7 @@ class _Written(web.StreamResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         return None
+
+
+_KEEP, _CLOSE = _Written(keep_alive=True), _Written(keep_alive=False)
+"""They say nothing but whether to keep the connection, so two are enough for everybody."""

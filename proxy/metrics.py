@@ -1,10 +1,11 @@
 """What the proxy counts, and how Prometheus gets it.
 
-The request path adds to plain integers and histograms; gauges are read off the fleet at scrape time, so they cost nothing in between.
+The request path adds to counters and histograms; gauges are read off the fleet at scrape time, so they cost nothing in between.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -21,28 +22,24 @@ class Metrics:
 
     def __init__(self, fleet: Fleet, *, directory: Callable[[], dict[str, int | float]]) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "infermesh_requests", "Requests answered, by model, route and outcome.", ("model", "task", "code"), registry=self.registry
-        )
-        self.tokens = Counter(
-            "infermesh_tokens", "Tokens of completed requests, by model and kind.", ("model", "kind"), registry=self.registry
-        )
-        self.retries = Counter("infermesh_retries", "Attempts that failed and were tried elsewhere.", ("code",), registry=self.registry)
-        self.first_byte = Histogram(
-            "infermesh_time_to_first_byte_seconds",
-            "From the end of the request to the first byte of its answer.",
-            ("model",),
-            buckets=_LATENCY_BUCKETS,
-            registry=self.registry,
-        )
-        self.duration = Histogram(
-            "infermesh_request_duration_seconds",
-            "From the end of the request to the end of its answer.",
-            ("model",),
-            buckets=_LATENCY_BUCKETS,
-            registry=self.registry,
-        )
+        requests = self._counter("infermesh_requests", "Requests answered, by model, route and outcome.", "model", "task", "code")
+        tokens = self._counter("infermesh_tokens", "Tokens of completed requests, by model and kind.", "model", "kind")
+        retries = self._counter("infermesh_retries", "Attempts that failed and were tried elsewhere.", "code")
+        first_byte = self._histogram("infermesh_time_to_first_byte_seconds", "From the request's end to its answer's first byte.")
+        duration = self._histogram("infermesh_request_duration_seconds", "From the request's end to its answer's end.")
+        # Finding a labelled child takes the library longer than adding to it; each is found once.
+        self.requests: Callable[[str, str, str], Counter] = functools.cache(requests.labels)
+        self.tokens: Callable[[str, str], Counter] = functools.cache(tokens.labels)
+        self.retries: Callable[[str], Counter] = functools.cache(retries.labels)
+        self.first_byte: Callable[[str], Histogram] = functools.cache(first_byte.labels)
+        self.duration: Callable[[str], Histogram] = functools.cache(duration.labels)
         self.registry.register(_FleetCollector(fleet, directory))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ("model",), buckets=_LATENCY_BUCKETS, registry=self.registry)
 
     def render(self) -> bytes:
         """The text exposition format."""

@@ -24,6 +24,7 @@ HEADER = struct.Struct(">IIB")
 HEADER_BYTES = HEADER.size
 MAX_PAYLOAD_BYTES = 64 * 1024
 _COUNT = struct.Struct(">I")
+_pack = msgpack.Packer(use_bin_type=True).pack  # made once: a packer holds a buffer worth keeping
 
 
 class Frame(IntEnum):
@@ -55,7 +56,7 @@ def encode_frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
 
 def encode_control(kind: int, stream: int, fields: Mapping[str, Any]) -> bytes:
     """A frame whose payload is one msgpack map."""
-    return encode_frame(kind, stream, msgpack.packb(dict(fields), use_bin_type=True))
+    return encode_frame(kind, stream, _pack(fields))
 
 
 def encode_credit(stream: int, count: int) -> bytes:

@@ -229,11 +229,11 @@ def test_metrics_are_read_by_prometheus(fleet: Fleet) -> None:
     metrics = Metrics(fleet, directory=KnownRecords().stats)
     up(fleet, record("a"))
     up(fleet, record("b", state=State.LOADING))
-    metrics.requests.labels('odd "model"\n\\', "chat", "ok").inc()
-    metrics.tokens.labels("m", "prompt").inc(5)
-    metrics.retries.labels("worker_lost").inc()
-    metrics.first_byte.labels("m").observe(0.2)
-    metrics.duration.labels("m").observe(1.2)
+    metrics.requests('odd "model"\n\\', "chat", "ok").inc()
+    metrics.tokens("m", "prompt").inc(5)
+    metrics.retries("worker_lost").inc()
+    metrics.first_byte("m").observe(0.2)
+    metrics.duration("m").observe(1.2)
     text = metrics.render().decode()
     assert text.endswith("\n")
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -250,6 +250,6 @@ def test_metrics_are_read_by_prometheus(fleet: Fleet) -> None:
 
 def test_metrics_of_two_proxies_in_one_process_do_not_mix(fleet: Fleet) -> None:
     one, other = (Metrics(fleet, directory=dict) for _ in range(2))
-    one.retries.labels("x").inc()
+    one.retries("x").inc()
     assert b'infermesh_retries_total{code="x"}' in one.render()
     assert b'infermesh_retries_total{code="x"}' not in other.render()
