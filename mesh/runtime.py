@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ log = structlog.get_logger(__name__)
 Stop = asyncio.Event
 Main = Callable[[Stop], Awaitable[int]]
 
+GC_YOUNG = 20_000
+"""Container objects made and not freed before the collector looks at the young ones; Python's default is 700."""
 CLOSING_S = 5.0
 """On top of the drain deadline: for closing sockets and files once the work is done."""
 NODE_FILE = "node.json"
@@ -42,6 +45,17 @@ def run(main: Main, config: NodeConfig) -> int:
             return runner.run(_supervise(main, config.drain_s + CLOSING_S))
     except Exception as error:
         return _report(error)
+
+
+def _settle_memory() -> None:
+    """Keep the cycle collector off the request path.
+
+    Reference counting frees what a request made; the collector is for the rare cycle. At Python's own thresholds it walks every
+    module's objects several times a second under load, about a twelfth of a proxy's time (measured with `perf`, 2026-11-21).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_YOUNG, 20, 50)
 
 
 def announce(config: NodeConfig, *, node_id: bytes, addresses: tuple[str, ...], **more: Any) -> None:
@@ -96,6 +110,7 @@ async def _supervise(main: Main, deadline_s: float) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_unhandled)
     stop = Stop()
+    _settle_memory()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, stop)
     work = asyncio.ensure_future(main(stop))
