@@ -57,7 +57,7 @@ class Downstream:
         return self._sent
 
     def prepare(self, head: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-        """Take the worker's HEAD: ``status`` (200), ``type`` and, for a sized answer, ``length``. Raises `ProtocolError`.
+        """Take the worker's HEAD: ``status`` (200), ``type`` and, unless it is a stream of events, ``length``. Raises `ProtocolError`.
 
         Nothing is written yet; the head leaves with the first byte of the body.
         """
@@ -69,9 +69,10 @@ class Downstream:
             raise ProtocolError("HEAD with a status other than 200")
         if content_type not in _USUAL and (not isinstance(content_type, str) or _CONTENT_TYPE.fullmatch(content_type) is None):
             raise ProtocolError("HEAD with a bad content type")
-        if length is not None and (type(length) is not int or length < 0):
-            raise ProtocolError("HEAD with a bad length")
         self._stream = content_type.startswith(_EVENT_STREAM)
+        if self._stream != (length is None) or (length is not None and (type(length) is not int or length < 0)):
+            # A stream that breaks can say so in-band; anything else must be seen to be too short.
+            raise ProtocolError("HEAD with a bad length")
         self._length = length
         lines = ["HTTP/1.1 200 OK", f"Content-Type: {content_type}"]
         if length is not None:
@@ -116,12 +117,9 @@ class Downstream:
     def break_off(self, error: MeshError) -> None:
         """The answer will not be completed and its beginning is gone already: say so, and end the connection uncleanly."""
         self._keep_alive = False
-        if self._stream and self._length is None and not self.transport.is_closing():
+        if self._stream and not self.transport.is_closing():
             event = error_event(error)
             self.transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event)
-        elif self._length is None and not self._chunked:
-            self.transport.abort()  # to an HTTP/1.0 client a clean end of the connection is the clean end of the answer
-            return
         self.transport.close()
         asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
 

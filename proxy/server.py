@@ -26,6 +26,8 @@ log = structlog.get_logger(__name__)
 BACKLOG = 4096
 KEEPALIVE_S = 75.0
 TLS_RELOAD_S = 2.0
+CLOSE_S = 0.5
+"""What `HttpServer.stop` gives requests that are still running; draining comes before it."""
 MAX_LINE_BYTES = 8190
 MAX_HEADER_BYTES = 32768
 
@@ -75,7 +77,7 @@ class HttpServer:
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_HEADER_BYTES,
         )
-        self._runner = web.ServerRunner(server)
+        self._runner = web.ServerRunner(server, shutdown_timeout=CLOSE_S)
         await self._runner.setup()
         context = self._tls_context()
         site = web.TCPSite(
