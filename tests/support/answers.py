@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [A-Za-z ]+")
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) [A-Za-z ]+")
 _HEADER = re.compile(rb"([A-Za-z0-9-]+): ?([\x20-\x7e]*)")
 
 

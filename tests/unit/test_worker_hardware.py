@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
-from mesh.runtime import process_start
+from tests.support.processes import gone
 from worker import hardware
 from worker.hardware import detect
 
@@ -73,6 +72,4 @@ async def test_driver_that_hangs_is_not_waited_for_and_not_left_behind(on_path: 
     nvidia_smi(on_path, f"echo $$ > {on_path}/pid\nexec sleep 600\n")
     assert await found() == ("", 0, 0)
     pid = int((on_path / "pid").read_text())
-    async with asyncio.timeout(10):
-        while process_start(pid) is not None:
-            await asyncio.sleep(0.01)
+    await gone(pid)

@@ -1,0 +1,291 @@
+"""A proxy's HTTP front over real sockets, with workers in the test's hands: links in memory, scripts or a real gateway behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import aiohttp
+
+from mesh.apikey import ApiKey, mint
+from mesh.authority import KEYS_KID
+from mesh.clock import SystemClock
+from mesh.directory import Directory
+from mesh.identity import Peer
+from mesh.link.frames import Frame
+from mesh.link.link import IncomingStream, Link
+from mesh.records import Capability, ModelEntry, Record, State
+from mesh.trust import Role
+from proxy.app import App
+from proxy.config import ProxyConfig
+from proxy.fleet import Fleet
+from proxy.gate import Gate
+from proxy.metrics import Metrics
+from proxy.server import HttpServer
+from proxy.views import Views
+from tests.support.answers import Answer, read_answer
+from tests.support.authority import TestMesh
+from tests.support.fake_engine import FakeEngine
+from tests.support.pipe import Owner, PipeTransport, connect, settle
+from worker.admission import Admission
+from worker.engine import ModelSpec, Task
+from worker.gateway import Gateway
+
+DEADLINE_S = 20.0
+MODEL = ModelEntry(name="m")
+Serve = Callable[[IncomingStream, dict[str, Any]], Awaitable[None]]
+
+
+class ProxyOwner(Owner):
+    """The proxy's end of a link: tells the fleet what `mesh.link.peers` would."""
+
+    def __init__(self, fleet: Fleet, record: Record) -> None:
+        super().__init__(Peer(node_id=record.node_id, role=Role.WORKER))
+        self._fleet, self._record = fleet, record
+
+    def on_hello(self, link: Link, fields: dict[str, Any]) -> None:
+        self._fleet.on_up(link, self._record)
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        self._fleet.on_open(stream, head)
+
+    def on_control(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        if kind == Frame.LOAD:
+            self._fleet.on_load(link, fields)
+        elif kind == Frame.DRAIN:
+            link.draining = True
+            self._fleet.on_drain(link)
+
+    def on_lost(self, link: Link, reason: str) -> None:
+        self._fleet.on_down(link, reason)
+
+
+class Worker:
+    """A worker linked to the front. ``serve`` does what its test says; ``heads`` are the OPEN frames it got."""
+
+    def __init__(self, front: Front, name: str, serve: Serve, record: Record) -> None:
+        self.record = record
+        self.serve = serve
+        self.heads: list[dict[str, Any]] = []
+        self.cancelled = 0
+        self.changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        owner = Owner(Peer(node_id=b"p" * 32, role=Role.PROXY))
+        owner.on_stream = self._take
+        clock = SystemClock()
+        self.proxy_link = Link(ProxyOwner(front.fleet, record), clock=clock, dialled=True)
+        self.link = Link(owner, clock=clock, dialled=False)
+        self.ends: tuple[PipeTransport, PipeTransport] = connect(self.proxy_link, self.link)
+
+    def _take(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        self.heads.append(head)
+        task = asyncio.create_task(self._run(stream, head))
+        stream.on_cancel = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.changed.set()
+
+    async def _run(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        try:
+            await self.serve(stream, head)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            self.changed.set()
+            raise
+
+    def lose(self) -> None:
+        """Its machine is gone."""
+        self.ends[0].lose()
+
+    async def until(self, true: Callable[[], object]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not true():
+                self.changed.clear()
+                await self.changed.wait()
+
+
+@dataclass
+class StandInEngine:
+    """Implements `worker.gateway.EngineView` for a running stand-in engine."""
+
+    base_url: str | None
+    models: tuple[ModelSpec, ...]
+    suspected: int = 0
+
+    def suspect(self) -> None:
+        self.suspected += 1
+
+
+@dataclass
+class KnownRecords:
+    """What `Views` asks of the directory."""
+
+    records: list[Record] = field(default_factory=list)
+
+    def known(self, role: Role) -> list[Record]:
+        return [record for record in self.records if record.role == role]
+
+    def stats(self) -> dict[str, int | float]:
+        return {"table_size": 3}
+
+
+class Front:
+    """App and HTTP server on port 0 of loopback. ``settings`` are `ProxyConfig`'s."""
+
+    def __init__(self, mesh: TestMesh, folder: Path, **settings: Any) -> None:
+        self.mesh = mesh
+        self.clock = SystemClock()
+        self.directory = KnownRecords()
+        self.fleet = Fleet(on_record=lambda record: None)
+        own = Record(
+            node_id=b"p" * 32, role=Role.PROXY, boot=1, seq=1, issued=self.clock.wall(), expires=self.clock.wall() + 3600, state=State.READY
+        )
+        directory = cast(Directory, self.directory)
+        self.metrics = Metrics(self.fleet, directory=directory.stats)
+        self.config = ProxyConfig(home=folder, host="127.0.0.1", port=0, **settings)
+        self.app = App(
+            self.config,
+            gate=Gate(mesh.trust(), clock=self.clock),
+            fleet=self.fleet,
+            views=Views(self.fleet, directory, own=lambda: own, mesh="test", clock=self.clock),
+            metrics=self.metrics,
+            rng=random.Random(1),
+        )
+        self.server = HttpServer(self.app, self.config)
+        self.port = 0
+        self._sweep: asyncio.Task[None] | None = None
+        self._workers = 0
+
+    async def __aenter__(self) -> Front:
+        self.port = await self.server.start()
+        self._sweep = asyncio.create_task(self.app.sweep())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._sweep is not None
+        self._sweep.cancel()
+        for worker in list(self.fleet.workers.values()):
+            worker.link.abort("the test is over")
+        await self.server.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def key(self, **claims: Any) -> str:
+        now = self.clock.wall()
+        base = ApiKey(id=b"12345678", project="p", roles=frozenset({"invoker"}), not_before=now - 60, expires=now + 3600)
+        return mint(replace(base, **claims), self.mesh.keys_issuer, KEYS_KID)
+
+    async def worker(
+        self, serve: Serve, *, name: str = "", models: tuple[ModelEntry, ...] = (ModelEntry(name="m"),), **fields: Any
+    ) -> Worker:
+        """Link a worker that serves by a script."""
+        self._workers += 1
+        now = self.clock.wall()
+        record = Record(
+            node_id=(name or f"w{self._workers}").encode().ljust(32, b"."),
+            role=Role.WORKER,
+            boot=1,
+            seq=1,
+            issued=now,
+            expires=now + 3600,
+            state=State.READY,
+            models=models,
+            capability=Capability(max_concurrency=10),
+        )
+        worker = Worker(self, name, serve, replace(record, **fields))
+        await settle(*worker.ends)
+        return worker
+
+    @asynccontextmanager
+    async def gateway(self, engine: FakeEngine, *, limit: int = 100, queue_limit: int = 100) -> AsyncIterator[tuple[Worker, Gateway]]:
+        """Link a worker whose real gateway serves from a stand-in engine."""
+        view = StandInEngine(engine.url, (ModelSpec(name="m", engine_name=engine.model, tasks=frozenset(Task)),))
+        entry = ModelEntry(name="m", tasks=tuple(map(str, Task)))
+        admission = Admission(limit=limit, queue_limit=queue_limit)
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+            gateway = Gateway(view, session, headers={}, admission=admission, on_load=lambda: None, clock=self.clock)
+            worker = await self.worker(_never, models=(entry,))
+            owner = cast(Owner, worker.link._owner)
+            owner.on_stream = gateway.open
+            try:
+                yield worker, gateway
+            finally:
+                await gateway.stop()
+
+    async def connect(self) -> Wire:
+        return Wire(*await asyncio.open_connection("127.0.0.1", self.port))
+
+
+async def _never(stream: IncomingStream, head: dict[str, Any]) -> None:
+    raise AssertionError
+
+
+class Wire:
+    """A client that writes bytes and reads answers with the strict reader."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.got = bytearray()
+        self.ended = False
+        self.was_reset = False
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def more(self) -> None:
+        """Read once."""
+        async with asyncio.timeout(DEADLINE_S):
+            try:
+                data = await self.reader.read(65536)
+            except ConnectionError:
+                data, self.was_reset = b"", True
+        self.got += data
+        self.ended = self.ended or not data
+
+    async def answer(self, *, skip_100: bool = True) -> Answer:
+        """The next answer: until it is complete, or the connection ends."""
+        while True:
+            answer = read_answer(bytes(self.got), ended=self.ended and not self.was_reset)
+            if answer is not None and answer.complete:
+                self.got = bytearray(answer.rest)
+                if answer.status == 100 and skip_100:
+                    continue
+                return answer
+            if self.ended:
+                assert answer is not None, f"the connection ended with {bytes(self.got)!r}"
+                return answer
+            await self.more()
+
+    async def until(self, text: bytes) -> None:
+        while text not in self.got:
+            assert not self.ended, bytes(self.got)
+            await self.more()
+
+    async def end(self) -> bytes:
+        """Everything until the connection ends."""
+        while not self.ended:
+            await self.more()
+        return bytes(self.got)
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+def post(path: str, body: bytes, key: str | None = None, *, version: str = "1.1", **headers: str) -> bytes:
+    """The bytes of a POST request."""
+    lines = [f"POST {path} HTTP/{version}", "Host: x"]
+    if key is not None:
+        lines.append(f"Authorization: Bearer {key}")
+    fields = {"content-length": str(len(body)), **{name.replace("_", "-"): value for name, value in headers.items()}}
+    lines += [f"{name}: {value}" for name, value in fields.items() if value]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
