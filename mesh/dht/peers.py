@@ -17,6 +17,7 @@ class _Peer:
     srtt_s: float = 0.0
     variance_s: float = 0.0
     failures: int = 0
+    failed_at: float = 0.0
     shunned_until: float = 0.0
 
 
@@ -59,11 +60,15 @@ class PeerMemory:
             self._spread_s += (abs(rtt_s - self._usual_s) - self._spread_s) / 32
             self._usual_s += (rtt_s - self._usual_s) / 32
 
-    def failed(self, node_id: bytes, now: float) -> int:
-        """The peer kept silent past its hard deadline. Returns how many times in a row."""
+    def failed(self, node_id: bytes, now: float, *, sent_at: float) -> int:
+        """A request of ``sent_at`` was not answered by its hard deadline. Returns how many times in a row; 0 if it was sent before the
+        last failure was known, and so says nothing new."""
         peer = self._peer(node_id)
+        if peer.failures and sent_at < peer.failed_at:
+            return 0
         peer.failures += 1
-        pause = min(_BACKOFF_MAX_S, _BACKOFF_S * 2 ** (peer.failures - 1))
+        peer.failed_at = now
+        pause = min(_BACKOFF_MAX_S, _BACKOFF_S * 2 ** min(peer.failures - 1, 8))
         peer.shunned_until = now + pause * self._rng.uniform(0.75, 1.25)
         return peer.failures
 

@@ -116,12 +116,12 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
     def on_failed(self, node_id: bytes, failures: int) -> None:
         contact = self.router.get(node_id)
-        if contact is None:
+        if contact is None or not failures:
             return
         if failures >= 2:
             self.router.remove(node_id)
         else:
-            self.probe(contact)
+            self.probe(contact)  # one lost exchange proves nothing; a second in a row does
 
     def on_cookie(self, session: Session, address: Address) -> None:
         if self._serve:

@@ -43,6 +43,7 @@ INTRO, COOKIE, MAC, RESET, PROVE = 1, 2, 4, 8, 16
 _HEAD = struct.Struct("!BBI")
 _REPLY_HEAD = struct.Struct("!IBB")
 _MAX_PARTS = 32
+_MAX_OUTSTANDING = 8_192
 _AMPLIFICATION = 3
 _REQUEST_FRAME_BYTES = HEADER.size + _HEAD.size + MAC_BYTES + TAG_BYTES
 _REPLY_FRAME_BYTES = _REQUEST_FRAME_BYTES + _REPLY_HEAD.size
@@ -193,7 +194,7 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
         """
         future: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
         pending = _Pending(address=address, node_id=node_id, kind=kind, body=body, future=future, sent_at=self.clock.monotonic())
-        if len(body) > MAX_REQUEST_BODY_BYTES or not is_dialable(*address):
+        if len(body) > MAX_REQUEST_BODY_BYTES or not is_dialable(*address) or len(self._outstanding) > _MAX_OUTSTANDING:
             self.counts.add("unsendable")
             future.set_result(None)
             return future
@@ -251,7 +252,8 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
         self._finish(pending, None)
         self.counts.add("timeouts")
         if pending.node_id is not None:
-            self.on_failed(pending.node_id, self.memory.failed(pending.node_id, self.clock.monotonic()))
+            failures = self.memory.failed(pending.node_id, self.clock.monotonic(), sent_at=pending.sent_at)
+            self.on_failed(pending.node_id, failures)
 
     def _finish(self, pending: _Pending, reply: Reply | None) -> None:
         for timer in pending.timers:

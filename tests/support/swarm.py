@@ -103,6 +103,14 @@ class SimNode:
         """Publish now and every refresh from now on, as a worker does."""
         self._announcing = self.swarm.loop.create_task(self._announce())
 
+    def announce_when_joined(self) -> None:
+        """As `announce`, once the node has joined."""
+        self._announcing = self.swarm.loop.create_task(self._join_and_announce())
+
+    async def _join_and_announce(self) -> None:
+        assert await self.running.joined(timeout_s=60.0)
+        await self._announce()
+
     async def _announce(self) -> None:
         while True:
             await self.publish()

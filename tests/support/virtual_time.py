@@ -104,10 +104,15 @@ class VirtualClock:
 
 
 def run_virtual(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]]) -> T:
-    """Run ``main(loop)`` to its end on a fresh virtual loop, and end whatever it left running."""
+    """Run ``main(loop)`` to its end on a fresh virtual loop, and end whatever it left running. A failed callback fails the run."""
     loop = VirtualLoop()
+    failures: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: failures.append(context))
     try:
-        return loop.run_until_complete(main(loop))
+        result = loop.run_until_complete(main(loop))
+        if failures:
+            raise AssertionError(f"a callback failed: {failures[0]}") from failures[0].get("exception")
+        return result
     finally:
         left = asyncio.all_tasks(loop)
         for task in left:
