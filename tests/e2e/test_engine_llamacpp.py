@@ -102,7 +102,7 @@ async def test_embedded_engine_full_of_requests_stays_healthy_and_stops_what_is_
         async with client_of(supervisor) as client:
             endless = ask_for(900, stream=True, ignore_eos=True)
             streams = [asyncio.ensure_future(client.post("/v1/chat/completions", json=endless)) for _ in range(32)]
-            while supervisor.load is None or supervisor.load.running != 2:  # noqa: ASYNC110 (polled itself)
+            while supervisor.load is None or supervisor.load.running != 2:
                 await asyncio.sleep(0.02)
             probe = Probe(supervisor.engine, supervisor.base_url or "", client, deadline_s=2.0)
             await probe.health()
@@ -111,7 +111,7 @@ async def test_embedded_engine_full_of_requests_stays_healthy_and_stops_what_is_
             for ended in await asyncio.gather(*streams, return_exceptions=True):
                 if isinstance(ended, aiohttp.ClientResponse):
                     ended.close()
-        while supervisor.load is None or supervisor.load.running + supervisor.load.waiting:  # noqa: ASYNC110
+        while supervisor.load is None or supervisor.load.running + supervisor.load.waiting:
             await asyncio.sleep(0.02)
     assert [readiness.stage for readiness in seen].count(Stage.READY) == 1
 
@@ -123,7 +123,7 @@ async def test_embedded_engine_killed_is_back_on_another_process(tmp_path: Path)
         server = next(pid for pid, command in processes_of(supervisor.pid).items() if "llamacpp_server" in command)
         os.kill(server, signal.SIGKILL)
         await gone(server)
-        while supervisor.readiness.restarts == 0:  # noqa: ASYNC110 (told within milliseconds)
+        while supervisor.readiness.restarts == 0:
             await asyncio.sleep(0.01)
         await supervisor.wait_ready()
         assert server not in processes_of(supervisor.pid or 0)

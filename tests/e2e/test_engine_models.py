@@ -184,7 +184,7 @@ def slow_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def until_written(note: Path) -> int:
     async with asyncio.timeout(20):
-        while not note.exists():  # noqa: ASYNC110 (another process writes it)
+        while not note.exists():
             await asyncio.sleep(0.02)
     return int(note.read_text())
 

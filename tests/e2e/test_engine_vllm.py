@@ -49,7 +49,7 @@ async def chat(supervisor: Supervisor, client: aiohttp.ClientSession, **options:
 async def until_load(supervisor: Supervisor, running: int) -> None:
     """Return when vLLM's own metrics tell of so many running requests; they lag behind by up to seconds."""
     async with asyncio.timeout(30):
-        while supervisor.load is None or supervisor.load.running != running:  # noqa: ASYNC110 (polled itself)
+        while supervisor.load is None or supervisor.load.running != running:
             await asyncio.sleep(0.05)
 
 
