@@ -174,7 +174,7 @@ def _vllm_router(site: Site) -> Launch:
 
 
 def _smg(site: Site) -> Launch:
-    extra = ("--log-level", "warn", "--disable-tokenizer-autoload")
+    extra = ("--log-level", "warn", "--disable-tokenizer-autoload", "--load-monitor-interval", "1", "--backend", "vllm")
     return Launch(argv=[_venv_python("smg"), "-m", "smg", "launch", *_router_argv(site), *extra])
 
 

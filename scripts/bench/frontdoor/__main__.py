@@ -98,7 +98,7 @@ def measure_tls(name: str, lab: measure.Lab, count: int) -> Json:
                     return handshake.handshakes(mesh.ports[0], lambda: mesh.tree("proxy"), count)
                 finally:
                     infermesh.stop_infermesh(mesh)
-            with running_peer(name, engine_url, lab.proxy_cores, tls) as (target, _):
+            with running_peer(name, [engine_url], lab.proxy_cores, tls) as (target, _):
                 return handshake.handshakes(target.port, target.proxy_pids, count)
         except (peers.Missing, infermesh.NotYet, OSError) as error:
             return {"missing": str(error)}

@@ -237,11 +237,12 @@ int main(int argc, char **argv) {
     if (!slots) slots = period_ns > NS_PER_MS ? (int)(period_ns / NS_PER_MS) : 1;
     if (slots > 1000) slots = 1000;
     int64_t step_ns = period_ns / slots;
-    int listener = server_listen(host, port);
+    printf("listening %d\n", server_listen(host, port, 0));
+    fflush(stdout);
     started_ns = now_ns();
     int64_t next = started_ns + step_ns;
     for (;;) {
-        server_turn(listener, running ? next : now_ns() + NS_PER_S);
+        server_turn(running ? next : now_ns() + NS_PER_S);
         int64_t now = now_ns();
         if (now < next) continue;
         if (running) step();

@@ -90,22 +90,22 @@ def running(name: str, engine_port: int, proxy_cores: Sequence[int], other_cores
         finally:
             infermesh.stop_infermesh(mesh)
     else:
-        with running_peer(name, engine_url, proxy_cores) as (target, _):
+        with running_peer(name, [engine_url], proxy_cores) as (target, _):
             yield target
 
 
 @contextmanager
 def running_peer(
-    name: str, engine_url: str, cores: Sequence[int], tls: peers.Tls | None = None
+    name: str, engine_urls: Sequence[str], cores: Sequence[int], tls: peers.Tls | None = None
 ) -> Iterator[tuple[Target, subprocess.Popen[bytes]]]:
-    """A peer in front of one engine, ready. Raises peers.Missing."""
+    """A peer in front of engines, ready. Raises peers.Missing."""
     peer = peers.PEERS[name]
     peers.ensure(peer)
     with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as folder:
         site = peers.Site(
             port=processes.free_port(),
             spare_port=processes.free_port(),
-            engine_urls=(engine_url,),
+            engine_urls=tuple(engine_urls),
             folder=Path(folder),
             tls=tls,
         )

@@ -130,7 +130,7 @@ static void conn_input(conn *c) {
 }
 
 /* Takes a connection out of the ready list (only its end is still reported): its owner reads it when it likes. */
-static void conn_unwatch(conn *c) {
+__attribute__((unused)) static void conn_unwatch(conn *c) {
     struct epoll_event e = {.events = EPOLLET, .data.ptr = c};
     epoll_ctl(client_ep, EPOLL_CTL_MOD, c->fd, &e);
 }

@@ -6,8 +6,13 @@
 #define BENCH_SERVER_H
 #include "base.h"
 
+typedef struct {
+    int is_listener, fd, tag;
+} listener;
+
 typedef struct conn {
-    int fd, busy, dead, want_out, eof;
+    int is_listener, fd, tag; /* as a listener's; tag says which one took it */
+    int busy, dead, want_out;
     msg m;
     buf in, body, out;
     struct conn *next_dead;
@@ -134,29 +139,33 @@ static void reply(conn *c, int status, const char *type, const char *body, size_
 }
 static void reply_json(conn *c, int status, const char *body) { reply(c, status, "application/json", body, strlen(body)); }
 
-static int server_listen(const char *host, int port) {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+/* Listens on a port (0: any) and returns it. */
+static int server_listen(const char *host, int port, int tag) {
+    listener *l = calloc(1, sizeof *l);
+    int one = 1;
+    l->is_listener = 1;
+    l->tag = tag;
+    l->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    setsockopt(l->fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
     inet_pton(AF_INET, host, &a.sin_addr);
-    if (bind(fd, (struct sockaddr *)&a, sizeof a) || listen(fd, 8192)) die("listen");
+    if (bind(l->fd, (struct sockaddr *)&a, sizeof a) || listen(l->fd, 8192)) die("listen");
     socklen_t n = sizeof a;
-    getsockname(fd, (struct sockaddr *)&a, &n);
-    server_ep = epoll_create1(0);
-    struct epoll_event e = {.events = EPOLLIN, .data.ptr = NULL};
-    epoll_ctl(server_ep, EPOLL_CTL_ADD, fd, &e);
-    printf("listening %d\n", ntohs(a.sin_port));
-    fflush(stdout);
-    return fd;
+    getsockname(l->fd, (struct sockaddr *)&a, &n);
+    if (!server_ep) server_ep = epoll_create1(0);
+    struct epoll_event e = {.events = EPOLLIN, .data.ptr = l};
+    epoll_ctl(server_ep, EPOLL_CTL_ADD, l->fd, &e);
+    return ntohs(a.sin_port);
 }
 
-static void server_accept(int listener) {
+static void server_accept(listener *l) {
     for (;;) {
-        int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
+        int fd = accept4(l->fd, NULL, NULL, SOCK_NONBLOCK);
         if (fd < 0) return;
         set_nodelay(fd);
         conn *c = calloc(1, sizeof *c);
         c->fd = fd;
+        c->tag = l->tag;
         server_open++;
         struct epoll_event e = {.events = EPOLLIN | EPOLLRDHUP, .data.ptr = c};
         epoll_ctl(server_ep, EPOLL_CTL_ADD, fd, &e);
@@ -164,13 +173,13 @@ static void server_accept(int listener) {
 }
 
 /* One turn of the loop: IO until at_ns at the latest. */
-static void server_turn(int listener, int64_t at_ns) {
+static void server_turn(int64_t at_ns) {
     static struct epoll_event ev[1024];
     int n = epoll_until(server_ep, ev, 1024, at_ns);
     for (int i = 0; i < n; i++) {
         conn *c = ev[i].data.ptr;
-        if (!c) {
-            server_accept(listener);
+        if (c->is_listener) {
+            server_accept(ev[i].data.ptr);
             continue;
         }
         if (c->dead) continue;
