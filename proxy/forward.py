@@ -54,7 +54,7 @@ class Attempt:
         self._stream: OutgoingStream | None = None
         self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
 
-    async def run(self, head: Mapping[str, Any], body: bytes) -> dict[str, Any]:
+    async def run(self, head: Mapping[str, Any], body: bytes | bytearray) -> dict[str, Any]:
         """Send the request, pass the answer on, return the trailer. Raises a `MeshError`; cancelling it cancels the worker's work."""
         stream = self._stream = self.worker.link.open(head, self)
         try:

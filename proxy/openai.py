@@ -63,10 +63,10 @@ class Call:
     path: str
     model: str
     stream: bool
-    body: bytes
+    body: bytes | bytearray
 
 
-def parse_call(path: str, body: bytes) -> Call:
+def parse_call(path: str, body: bytes | bytearray) -> Call:
     """Read a request body. Raises `InvalidRequest` naming the parameter."""
     task = TASKS[path]
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 
 import aiohttp
@@ -32,7 +32,7 @@ from mesh.link.frames import MAX_PAYLOAD_BYTES
 from mesh.link.link import IncomingStream
 from worker.admission import Admission
 from worker.engine import ModelSpec, Task
-from worker.usage import EventStream, Prepared, Usage, engine_complaint, prepare_body, read_answer
+from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, prepare_body, read_answer
 
 log = structlog.get_logger(__name__)
 
@@ -137,7 +137,10 @@ class Gateway:
         started = time.monotonic()
         try:
             url = base_url + Task(request.task).path
-            async with self._session.post(url, data=prepared.body, headers=headers, allow_redirects=False) as response:
+            data: bytes | bytearray | AsyncIterator[bytes | memoryview] = prepared.body
+            if prepared.size >= LARGE_BYTES:
+                data, headers["Content-Length"] = prepared.pieces(), str(prepared.size)
+            async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
                 if response.status != 200:
                     raise await _refusal(response)
                 if response.content_type == "text/event-stream":

@@ -47,7 +47,7 @@ class Frame(IntEnum):
     PONG = 15
 
 
-def encode_frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
+def encode_frame(kind: int, stream: int, payload: bytes | bytearray = b"") -> bytes:
     """One frame. ``payload`` is at most `MAX_PAYLOAD_BYTES`."""
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(f"a frame holds at most {MAX_PAYLOAD_BYTES} bytes, not {len(payload)}")

@@ -390,7 +390,7 @@ class _Sending:
         if self._more is not None:
             self._more.set()
 
-    def send_now(self, data: bytes) -> bool:
+    def send_now(self, data: bytes | bytearray) -> bool:
         """Send ``data`` if credit and buffers allow it at once; False if the caller must `send` instead."""
         size = len(data)
         if size > self._credit or size > MAX_PAYLOAD_BYTES or not self.link._writable.is_set():
@@ -399,7 +399,7 @@ class _Sending:
         self.link.write(encode_frame(Frame.DATA, self.number, data))
         return True
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes | bytearray) -> None:
         """Send all of ``data``, waiting for credit. Raises `WorkerLost` if the stream ends first."""
         if self.send_now(data):
             return
@@ -462,22 +462,28 @@ class IncomingStream(_Sending):
         self._arrived: asyncio.Event | None = None
         self.on_cancel: asyncio.Task[Any] | None = None
 
-    async def read_body(self, *, max_bytes: int) -> bytes:
-        """The whole request body. Raises `ProtocolError` beyond ``max_bytes``; the proxy should have refused it."""
-        total, pieces = 0, []
+    async def read_body(self, *, max_bytes: int) -> bytes | bytearray:
+        """The whole request body. Raises `ProtocolError` beyond ``max_bytes``; the proxy should have refused it.
+
+        A large one is gathered as it comes: joining twenty megabytes at the end would stand still for tens of milliseconds.
+        """
+        total, body = 0, bytearray()
         while True:
             arrived, self._body = self._body, []
             size = sum(map(len, arrived))
             total += size
             if total > max_bytes:
                 raise ProtocolError(f"a request body of more than {max_bytes} bytes")
-            pieces += arrived
+            if self._body_done and not total - size and len(arrived) == 1:
+                return arrived[0]
+            for piece in arrived:
+                body += piece
             if size:
                 self._unread -= size
                 if not self._body_done:
                     self.link.write(encode_credit(self.number, size))
             if self._body_done and not self._body:
-                return b"".join(pieces)
+                return body
             if not self._body:
                 self._arrived = self._arrived or asyncio.Event()
                 self._arrived.clear()

@@ -281,3 +281,22 @@ def test_what_is_no_json_is_no_answer(data: bytes) -> None:
 )
 def test_complaint_of_any_shape_is_found(body: bytes, said: str) -> None:
     assert engine_complaint(body, 400) == said
+
+
+async def test_a_large_body_gets_the_wish_without_being_copied_as_a_whole() -> None:
+    image = "A" * (3 << 20)
+    body = bytearray(json.dumps({"model": "m", "stream": True, "messages": [{"role": "user", "content": image}]}).encode())
+    prepared = prepare_body(body, task="chat", engine_model=None)
+    assert prepared.body is body
+    pieces = [bytes(piece) async for piece in prepared.pieces()]
+    assert max(map(len, pieces)) <= 256 << 10
+    assert prepared.size == sum(map(len, pieces))
+    sent = json.loads(b"".join(pieces))
+    assert sent["stream_options"] == {"include_usage": True}
+    assert sent["messages"][0]["content"] == image
+
+
+def test_null_stream_options_are_replaced_and_not_doubled() -> None:
+    prepared = prepare_body(b'{"model": "m", "stream_options": null, "stream": true}', task="chat", engine_model=None)
+    assert prepared.body.count(b"stream_options") == 1
+    assert json.loads(prepared.body)["stream_options"] == {"include_usage": True}
