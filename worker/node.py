@@ -32,6 +32,9 @@ log = structlog.get_logger(__name__)
 
 LEAVE_S = 0.25
 """Between telling the proxies and believing that they have heard."""
+ENGINE_IDLE_S = 3.0
+"""An idle connection to the engine is closed after this. Less than the 5 s of uvicorn, which vLLM runs on: whoever waits less is never
+sent a request into the closing."""
 
 
 async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
@@ -72,7 +75,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
     )
     pusher = LoadPusher(admission, supervisor)
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=not engine.keeps_connections),
+        connector=_connector(keeps_connections=engine.keeps_connections),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
         cookie_jar=aiohttp.DummyCookieJar(),  # an engine's cookie for one client must not come back with another's request
     ) as session:
@@ -116,6 +119,13 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             await node.stop()
             await directory.stop()
     return 0
+
+
+def _connector(*, keeps_connections: bool) -> aiohttp.TCPConnector:
+    """Connections to the engine, as many as there are requests: admission bounds those."""
+    if not keeps_connections:
+        return aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=ENGINE_IDLE_S)
 
 
 def engine_spec(config: WorkerConfig) -> EngineSpec:
