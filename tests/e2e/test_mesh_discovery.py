@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 
+import aiohttp
+
 from mesh.authority import create_mesh
+from mesh.runtime import read_announced
 from mesh.trust import Role
 from tests.e2e.conftest import SmallMesh, chat_body, external
 from tests.support.deployment import Deployment, until
@@ -123,3 +128,31 @@ async def test_join_token_admits_only_as_often_as_it_says(small: SmallMesh) -> N
         small.mesh.invite = own  # type: ignore[method-assign]
     await small.mesh.until_ready(small.proxy, admitted)
     assert await asyncio.wait_for(refused.process.wait(), 60) != 0
+
+
+async def test_processes_share_a_port_and_one_that_dies_is_started_again(small: SmallMesh) -> None:
+    several = await small.mesh.proxy("p2", "--processes", "2", uses=2)
+    children = several.about["processes"]
+    assert len({child["id"] for child in children}) == 2, "each is a node of its own"
+    await small.mesh.until_ready(several, *small.workers)
+
+    async def served_by() -> set[str]:
+        """Which of the processes answer on the port: each connection goes to one of them."""
+        found = set()
+        for _ in range(20):
+            async with aiohttp.ClientSession(headers=small.headers) as session, session.get(f"{several.root}/mesh/v1/status") as response:
+                found.add((await response.json())["proxy"]["id"])
+        return found
+
+    async def both() -> bool:
+        return await served_by() == {child["id"] for child in children}
+
+    await until(both, what="both processes to take connections")
+    os.kill(children[0]["pid"], signal.SIGKILL)
+
+    async def back() -> bool:
+        about = read_announced(several.state_dir / "0")
+        return about is not None and about["pid"] != children[0]["pid"] and await both()
+
+    await until(back, what="the killed process to be back under its own identity")
+    assert await several.terminate() == 0

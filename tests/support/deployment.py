@@ -119,8 +119,8 @@ class Deployment:
         self.bootstraps += [address for address in node.about["addresses"] if address not in self.bootstraps]
         return node
 
-    async def proxy(self, name: str = "p1", *arguments: str, fresh: bool = True) -> Node:
-        return await self._start(Role.PROXY, name, ("--port", "0", *arguments), self.invite(Role.PROXY) if fresh else "")
+    async def proxy(self, name: str = "p1", *arguments: str, fresh: bool = True, uses: int = 1) -> Node:
+        return await self._start(Role.PROXY, name, ("--port", "0", *arguments), self.invite(Role.PROXY, uses=uses) if fresh else "")
 
     async def worker(self, name: str, *arguments: str, fresh: bool = True, wait: bool = True) -> Node:
         return await self._start(Role.WORKER, name, arguments, self.invite(Role.WORKER) if fresh else "", wait=wait)
