@@ -31,6 +31,9 @@ class ProxyConfig(NodeConfig):
     first_byte_timeout_s: float = setting(
         30.0, metavar="TIME", help="How long a worker may be silent before its first byte, unless it reports progress."
     )
+    request_timeout_s: float = setting(
+        600.0, metavar="TIME", help="How long an answer may take to begin, however much progress is reported."
+    )
     body_timeout_s: float = setting(60.0, metavar="TIME", help="How long a request body may take to arrive.")
     retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
 

@@ -79,11 +79,13 @@ class Attempt:
             if self._stream is not None:
                 self._stream.cancel()
 
-    def check_time(self, now: float, *, patience_s: float) -> None:
+    def check_time(self, now: float, *, patience_s: float, most_s: float) -> None:
         """Fail if the worker was silent for ``patience_s``, or the client took nothing for `SLOW_CLIENT_S`. Called about once a second.
 
-        Not silent is a worker that sends bytes, reports progress or takes the request's body.
+        Not silent is a worker that sends bytes, reports progress or takes the request's body. Progress alone buys ``most_s``, no more.
         """
+        if self.first_byte_at is None and now - self._started_at > most_s:
+            self.fail(UpstreamTimeout(f"the answer did not begin within {most_s:.0f} s"))
         if self._held:
             self.last_sign_at = now
             unsent = self._transport.get_write_buffer_size()
