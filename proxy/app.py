@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from mesh.apikey import ApiKey, KeyRole
 from mesh.errors import (
@@ -265,14 +265,23 @@ class App:
             await asyncio.sleep(SWEEP_S)
             now = asyncio.get_running_loop().time()
             for attempt in list(self._attempts):
-                attempt.check_time(now, patience_s=self._config.first_byte_timeout_s)
+                attempt.check_time(now, patience_s=self._config.first_byte_timeout_s, most_s=self._config.request_timeout_s)
 
     # -- steps of a request
 
     def _authenticate(self, request: web.BaseRequest) -> ApiKey:
         return self._gate.authenticate(request.headers.get("Authorization"))
 
-    async def _read_body(self, request: web.BaseRequest) -> bytes:
+    async def _gather(self, content: StreamReader, limit: int) -> bytearray:
+        """A body that comes in pieces, gathered as it comes: joining or copying a large one at the end would stall every stream."""
+        body = bytearray()
+        while piece := await content.readany():
+            body += piece
+            if len(body) > limit:
+                raise self._too_large()
+        return body
+
+    async def _read_body(self, request: web.BaseRequest) -> bytes | bytearray:
         headers, limit, content = request.headers, self._config.max_body_bytes, request.content
         if "Content-Encoding" in headers and headers["Content-Encoding"].lower() != "identity":
             raise InvalidRequest("Send the body without Content-Encoding")
@@ -284,7 +293,7 @@ class App:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
-                return await request.read()
+                return await self._gather(content, limit)
         except TimeoutError:
             raise InvalidRequest("The request body did not arrive in time") from None
         except web.HTTPRequestEntityTooLarge:
