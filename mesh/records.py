@@ -31,6 +31,7 @@ from mesh.trust import Role, load_public_key, raw_public_key
 
 RECORD_DOMAIN = "infermesh/record"
 MAX_RECORD_BYTES = 1000
+FIRST_HAND_SKEW_S = 2 * CLOCK_SKEW_S
 MAX_LIFETIME_S = 60.0
 """A record may not promise to live longer than this, whatever its owner says."""
 
@@ -155,8 +156,12 @@ def seal_record(record: Record, key: Ed25519PrivateKey, membership: bytes) -> Re
     return replace(record, signed=signed)
 
 
-def parse_record(data: bytes, members: MembershipCache, *, now: float) -> Record:
-    """Verify a record from anywhere. Raises a `TrustError`; the lifetime is clamped to `MAX_LIFETIME_S`."""
+def parse_record(data: bytes, members: MembershipCache, *, now: float, first_hand: bool = False) -> Record:
+    """Verify a record from anywhere. Raises a `TrustError`; the lifetime is clamped to `MAX_LIFETIME_S`.
+
+    ``first_hand``: it came from its owner just now, over a connection that proves it. Then it is as old as its arrival, whatever the
+    owner's clock says, within `FIRST_HAND_SKEW_S`: two honest clocks must not cut a link that works.
+    """
 
     def resolve(signer: bytes) -> Ed25519PublicKey:
         return load_public_key(signer)
@@ -166,12 +171,14 @@ def parse_record(data: bytes, members: MembershipCache, *, now: float) -> Record
     member = members.parse(read_bytes(payload, "mem", max_len=MAX_MEMBERSHIP_BYTES), now=now)
     if member.public_key != opened.signer:
         raise UnknownSigner("the record carries another node's membership")
-    return _record_from(payload, member, data, now)
+    issued, expires = read_int(payload, "iat") / 1000, read_int(payload, "exp") / 1000
+    if first_hand and abs(now - issued) <= FIRST_HAND_SKEW_S:
+        issued, expires = now, now + expires - issued
+    return _record_from(payload, member, data, now, issued=issued, expires=expires)
 
 
-def _record_from(payload: dict[str, Any], member: Membership, data: bytes, now: float) -> Record:
-    issued = read_int(payload, "iat") / 1000
-    expires = min(read_int(payload, "exp") / 1000, issued + MAX_LIFETIME_S, now + MAX_LIFETIME_S, member.expires)
+def _record_from(payload: dict[str, Any], member: Membership, data: bytes, now: float, *, issued: float, expires: float) -> Record:
+    expires = min(expires, issued + MAX_LIFETIME_S, now + MAX_LIFETIME_S, member.expires)
     check_time("the record", not_before=issued, expires=expires, now=now)
     try:
         state = State(read_str(payload, "st", max_len=16))

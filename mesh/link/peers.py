@@ -271,7 +271,7 @@ class Peers:
 
     def _parse_record(self, link: Link, fields: dict[str, Any]) -> Record:
         signed = read_bytes(fields, "rec", max_len=MAX_RECORD_BYTES)
-        record = parse_record(signed, self._members, now=self._clock.wall())
+        record = parse_record(signed, self._members, now=self._clock.wall(), first_hand=True)
         if link.peer is None or record.node_id != link.peer.node_id or record.role != link.peer.role:
             raise TrustError("the record is another node's")
         return record

@@ -246,3 +246,21 @@ def test_outbound_only_node_has_no_address() -> None:
 def test_record_knows_what_it_serves() -> None:
     assert PLAIN.serves("m")
     assert not PLAIN.serves("n")
+
+
+@pytest.mark.parametrize("skew_s", [-45.0, -25.0, 0.0, 25.0])
+def test_record_straight_from_its_owner_lives_from_its_arrival_whatever_the_owners_clock(skew_s: float) -> None:
+    arrived = parse_record(sealed(boot=int(NOW * 1000) - 100_000), members(), now=NOW - skew_s, first_hand=True)
+    assert arrived.issued == NOW - skew_s
+    assert arrived.expires == pytest.approx(NOW - skew_s + 20.0)
+
+
+@pytest.mark.parametrize(("skew_s", "error"), [(-70.0, Expired), (70.0, NotYetValid)])
+def test_clock_that_is_minutes_off_is_told_and_not_believed(skew_s: float, error: type[TrustError]) -> None:
+    with pytest.raises(error):
+        parse_record(sealed(boot=int(NOW * 1000) - 100_000), members(), now=NOW - skew_s, first_hand=True)
+
+
+def test_record_from_elsewhere_gets_no_such_grace() -> None:
+    with pytest.raises(Expired):
+        parse_record(sealed(), members(), now=NOW + 25.0)
