@@ -30,6 +30,7 @@ __all__ = ["Directory", "DirectoryConfig", "PeerInfo"]
 
 log = structlog.get_logger(__name__)
 
+_SWEEP_SHARE = 0.4
 _LEVELS = 3
 """An index that has overflowed may take so many look-ups one after the other."""
 
@@ -63,6 +64,15 @@ class _Read:
     records: list[Record]
     full: bool
     nearest: list[Contact]
+
+
+@dataclass(slots=True, eq=False)
+class _Sweep:
+    """The regular reading of a role, and by key what the last one found."""
+
+    role: Role
+    interval_s: float
+    known: dict[bytes, list[Record]] = field(default_factory=dict)
 
 
 class Directory:
@@ -159,7 +169,8 @@ class Directory:
         for record in self.known(role):
             on_change(record)
         if first:
-            self.node.tasks.start(self._sweep(role, interval_s), name=f"directory sweep {role}")
+            sweep = _Sweep(role, interval_s)
+            self.node.tasks.repeat(lambda: self._sweep(sweep), self._clock, name=f"directory sweep {role}")
 
     def observe(self, record: Record) -> None:
         """A verified record from elsewhere (a link, a push) enters the view."""
@@ -198,6 +209,7 @@ class Directory:
             "table_size": len(self.node.table),
             "records_held": len(self.node.store),
             "sessions": len(self.node.sessions),
+            "nodes_estimated": self.node.table.estimate_nodes(),
             "clock_offset_s": self.node.time.offset_s,
             "records_verified": self.node.verifier.verified,
         }
@@ -207,21 +219,24 @@ class Directory:
     async def _find_index(self, kind: str, name: str) -> list[Record]:
         return self._merge(record for read in await self._read_index(kind, name) for record in read.records)
 
-    async def _read_index(self, kind: str, name: str) -> list[_Read]:
-        """Read a key and, where it has overflowed, its sub-keys: those known from the last time at once, new ones as they show."""
+    async def _read_index(self, kind: str, name: str, *, known: dict[bytes, list[Record]] | None = None) -> list[_Read]:
+        """``known`` has, by key, records of an earlier reading; what is not newer is not fetched again.
+
+        Read a key and, where it has overflowed, its sub-keys: those known from the last time at once, new ones as they show."""
         index = (kind, name)
         deadline = self._clock.monotonic() + _LEVELS * self._config.lookup_timeout_s
         reads: dict[int, _Read] = {}
         wave = [0, *self._shards.get(index, {})]
         while wave and (left_s := deadline - self._clock.monotonic()) > 0:
             timeout_s = min(left_s, self._config.lookup_timeout_s)
-            done = await asyncio.gather(*(self._read(directory_key(kind, name, shard), timeout_s) for shard in wave))
+            keys = [directory_key(kind, name, shard) for shard in wave]
+            done = await asyncio.gather(*(self._read(key, timeout_s, (known or {}).get(key, [])) for key in keys))
             reads |= zip(wave, done, strict=True)
             wave = [shard for shard in _under(reads) if shard not in reads]
         self._shards[index] = dict.fromkeys(_under(reads))
         return list(reads.values())
 
-    async def _read(self, key: bytes, timeout_s: float) -> _Read:
+    async def _read(self, key: bytes, timeout_s: float, known: Sequence[Record] = ()) -> _Read:
         """What the network and we ourselves hold under a key."""
         found: dict[bytes, Record] = {}
 
@@ -236,7 +251,7 @@ class Directory:
                 found[data] = record
             return record
 
-        outcome = await self.node.crawl(key, accept=accept, timeout_s=timeout_s)
+        outcome = await self.node.crawl(key, accept=accept, timeout_s=timeout_s, known=known)
         self.node.counts.add("lookup_ms", round(outcome.elapsed_s * 1000))
         now = self._clock.monotonic()
         own = [self.node.local(held) for held in self.node.store.live(key, now)]
@@ -246,21 +261,28 @@ class Directory:
     def _merge(self, records: Iterable[Record]) -> list[Record]:
         return list(newest(records, now=self._clock.wall()).values())
 
-    async def _sweep(self, role: Role, interval_s: float) -> None:
-        while True:
-            try:
-                reads = await self._read_index("role", str(role))
-                for record in self._merge(record for read in reads for record in read.records):
-                    self.observe(record)
-                self.known(role)
-                await self.node.watch({read.key: read.nearest for read in reads})
-            except OSError as error:
-                log.warning("directory.sweep_failed", role=str(role), error=str(error))
-            empty = not self._views[role].records
-            pause_s = min(interval_s, 0.5) if empty else interval_s
-            self._sweep_now.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._sweep_now.wait(), pause_s * self._rng.uniform(0.75, 1.0))
+    async def _sweep(self, sweep: _Sweep) -> float:
+        """Keep the view of a role: read all of it, renew the watch, wait. A large view is read a few times in a record's life."""
+        reads = await self._read_index("role", str(sweep.role), known=sweep.known)
+        for read in reads:
+            for record in self._merge(read.records):
+                self.observe(record)
+        sweep.known = self._still_known(sweep.role, sweep.known, reads)
+        await self.node.watch({read.key: read.nearest for read in reads})
+        view = self._views[sweep.role].records
+        pause_s = sweep.interval_s if view else min(sweep.interval_s, 0.5)
+        if len(view) >= self._config.large_mesh:
+            pause_s = max(pause_s, _SWEEP_SHARE * self._config.record_ttl_s)
+        self._sweep_now.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._sweep_now.wait(), pause_s * self._rng.uniform(0.75, 1.0))
+        return 0.0
+
+    def _still_known(self, role: Role, known: dict[bytes, list[Record]], reads: list[_Read]) -> dict[bytes, list[Record]]:
+        """By key, the live records of this reading and those of the last that were not sent again, as the view has them."""
+        live = {record.node_id: record for record in self.known(role)}
+        listed = {read.key: dict.fromkeys(record.node_id for record in (*known.get(read.key, []), *read.records)) for read in reads}
+        return {key: [live[node_id] for node_id in ids if node_id in live] for key, ids in listed.items()}
 
 
 def _under(reads: dict[int, _Read]) -> list[int]:

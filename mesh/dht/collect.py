@@ -8,7 +8,7 @@ copy of them and a few differences, and what one holder withholds another adds.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -31,10 +31,21 @@ _PATIENCE = 3
 
 
 class Collector:
-    """The records of one look-up. ``on_change`` is called whenever `busy` may have changed."""
+    """The records of one look-up. ``known`` are records in hand: only newer ones are fetched, where it can be as patches.
+
+    ``on_change`` is called whenever `busy` may have changed.
+    """
 
     def __init__(
-        self, protocol: MeshProtocol, memory: PeerMemory, clock: Clock, *, key: bytes, accept: Accept, on_change: Callable[[], None]
+        self,
+        protocol: MeshProtocol,
+        memory: PeerMemory,
+        clock: Clock,
+        *,
+        key: bytes,
+        accept: Accept,
+        known: Iterable[Record],
+        on_change: Callable[[], None],
     ) -> None:
         self._protocol = protocol
         self._memory = memory
@@ -43,6 +54,7 @@ class Collector:
         self._accept = accept
         self._on_change = on_change
         self._newest: dict[bytes, tuple[tuple[int, int], bytes]] = {}
+        self._bases: dict[bytes, bytes] = {}
         self._waiting: dict[Contact, bytes] = {}
         self._fetching: dict[Contact, asyncio.TimerHandle] = {}
         self._whole = False
@@ -52,6 +64,8 @@ class Collector:
         """Good records by the id of the node that gave them."""
         self.holders: list[Contact] = []
         self.full = False
+        for record in known:
+            self._note(record)
 
     @property
     def busy(self) -> bool:
@@ -86,7 +100,7 @@ class Collector:
         contacts, _, full, more, items, mark = body
         self.full = self.full or full is True
         for item in items:
-            remaining_s, data = parse_found(item)
+            remaining_s, data = parse_found(item, self._bases)
             record = self._accept(data, remaining_s, contact.id)
             if record is not None:
                 self._last = max(self._last, rank(record.node_id))
@@ -99,7 +113,9 @@ class Collector:
     def _note(self, record: Record) -> None:
         known = self._newest.get(record.node_id)
         if known is None or record.order > known[0]:
-            self._newest[record.node_id] = (record.order, tag_of(record))
+            tag = tag_of(record)
+            self._newest[record.node_id] = (record.order, tag)
+            self._bases[tag] = record.signed
             self._news += 1
 
     def _tags(self) -> list[bytes]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
@@ -26,6 +26,7 @@ from mesh.dht.protocol import MeshProtocol, Op
 from mesh.dht.routing import Contact, parse_contacts
 from mesh.dht.rpc import Reply
 from mesh.errors import TrustError
+from mesh.records import Record
 
 _MAX_CANDIDATES = 256
 _MAX_HOPS_LOGGED = 200
@@ -104,6 +105,7 @@ class Crawl:
         *,
         key: bytes,
         accept: Accept | None = None,
+        known: Iterable[Record] = (),
         width: int | None = None,
     ) -> None:
         self._protocol = protocol
@@ -114,7 +116,7 @@ class Crawl:
         self._goal = int.from_bytes(key)
         self._collector: Collector | None = None
         if accept is not None:
-            self._collector = Collector(protocol, memory, clock, key=key, accept=accept, on_change=self._pump)
+            self._collector = Collector(protocol, memory, clock, key=key, accept=accept, known=known, on_change=self._pump)
         self._width = width or config.read_width
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []

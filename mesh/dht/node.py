@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +96,8 @@ class DhtNode:
         self._resolved: dict[Address, None] = {}
         self._remembered: dict[bytes, Contact] = {}
         self._news = False
+        self._knock_pause_s = config.bootstrap_retry_s
+        self._done_at: dict[str, float] = {}
         self._lost: OrderedDict[bytes, float] = OrderedDict()
         self._reunited = float("-inf")
         self._on_reunion: list[Callable[[], None]] = []
@@ -121,8 +123,8 @@ class DhtNode:
         if self._state_dir is not None:
             for peer in load_peers(self._state_dir, limit=self.config.remembered_peers):
                 self._remembered[peer.node_id] = Contact(peer.node_id, peer.address)
-        self.tasks.start(self._stay_joined(), name="directory join")
-        self.tasks.start(self._maintain(), name="directory upkeep")
+        self.tasks.repeat(self._stay_joined, self.clock, name="directory join")
+        self.tasks.repeat(self._maintain, self.clock, name="directory upkeep")
         log.info("directory.started", host=bound[0], port=bound[1], remembered=len(self._remembered))
         return bound[0], bound[1]
 
@@ -149,6 +151,11 @@ class DhtNode:
 
     # looking up and storing
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the mesh is so large that traffic matters more than a few seconds."""
+        return len(self.table) > 2 * self.config.k and self.table.estimate_nodes() >= self.config.large_mesh
+
     def seeds(self, key: bytes) -> list[Contact]:
         """Where a look-up begins: who stood nearest the last time, and the nearest contacts, but not those that lately kept silent."""
         now = self.clock.monotonic()
@@ -162,8 +169,11 @@ class DhtNode:
         """The live nodes nearest to ``key``, nearest first."""
         return (await self.crawl(key, accept=None, timeout_s=2 * self.config.lookup_timeout_s)).nearest
 
-    async def crawl(self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None) -> Outcome:
-        crawl = Crawl(self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width)
+    async def crawl(
+        self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None, known: Iterable[Record] = ()
+    ) -> Outcome:
+        """One look-up; ``known`` are records under the key that need not be fetched again."""
+        crawl = Crawl(self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width, known=known)
         outcome = await crawl.run(self.seeds(key), timeout_s=timeout_s)
         self._nearest[key] = outcome.nearest[: self.config.k]
         self._nearest.move_to_end(key)
@@ -199,8 +209,7 @@ class DhtNode:
 
     def _on_change(self, held: Held, former: Held | None, material: bool) -> None:
         if material and self._serve:
-            keys = held.allowed if former is None else held.allowed | former.allowed
-            self.protocol.push(held, keys)
+            self.protocol.push(held, held.keys if former is None else held.keys | former.keys)
         self._tell(self.local(held))
 
     def _on_notice(self, data: bytes, remaining_s: float, source: bytes) -> None:
@@ -276,21 +285,20 @@ class DhtNode:
         """No other bootstrap node is named: whoever comes will come to us."""
         return all(address in self._own_addresses for address in self._resolved) and (bool(self._resolved) or not self._bootstraps)
 
-    async def _stay_joined(self) -> None:
+    async def _stay_joined(self) -> float:
         """While alone, knock at every known door with growing pauses; later, look at the bootstrap nodes now and then."""
-        pause_s = self.config.bootstrap_retry_s
-        while True:
-            alone = not len(self.table)
-            await self._knock()
-            if len(self.table):
-                if alone:
-                    await self._settle()
-                pause_s = self.config.bootstrap_recheck_s
-            else:
-                if self._alone_by_right():
-                    self._joined.set()
-                pause_s = min(self.config.bootstrap_retry_max_s, 2 * pause_s)
-            await self._pause(pause_s if len(self.table) or not alone else min(pause_s, self.config.bootstrap_retry_max_s))
+        alone = not len(self.table)
+        await self._knock()
+        if len(self.table):
+            self._knock_pause_s = self.config.bootstrap_retry_s
+            if alone:
+                await self._settle()
+            return self.config.bootstrap_recheck_s * self._rng.uniform(0.5, 1.0)
+        if self._alone_by_right():
+            self._joined.set()
+        pause_s = self._knock_pause_s * self._rng.uniform(0.5, 1.0)
+        self._knock_pause_s = min(self.config.bootstrap_retry_max_s, 2 * self._knock_pause_s)
+        return pause_s
 
     async def _pause(self, pause_s: float) -> None:
         await self.clock.sleep(pause_s * self._rng.uniform(0.5, 1.0))
@@ -345,26 +353,29 @@ class DhtNode:
 
     # upkeep
 
-    async def _maintain(self) -> None:
+    async def _maintain(self) -> float:
         """Every second: what has expired goes. Now and then: probe the silent, refresh buckets, save."""
-        saved = probed = refreshed = self.clock.monotonic()
-        while True:
-            await self.clock.sleep(_EXPIRE_EVERY_S * self._rng.uniform(0.8, 1.2))
-            now = self.clock.monotonic()
-            self.store.expire(now)
-            if now - probed >= self.config.probe_interval_s:
-                probed = now
-                self._probe_silent(now)
-            if now - refreshed >= self.config.refresh_bucket_s / 4:
-                refreshed = now
-                self.tasks.start(self._refresh_buckets(older_than_s=self.config.refresh_bucket_s), name="directory buckets")
-            if now - saved >= (_SAVE_NEWS_S if self._news else self.config.save_interval_s):
-                saved = now
-                await self._save()
+        now = self.clock.monotonic()
+        self.store.expire(now)
+        self.publisher.unhurried = self.is_large
+        if self._due("probe", now, self.config.probe_interval_s):
+            self._probe_silent(now)
+        if self._due("buckets", now, self.config.refresh_bucket_s / 4):
+            self.tasks.start(self._refresh_buckets(older_than_s=self.config.refresh_bucket_s), name="directory buckets")
+        if self._due("save", now, _SAVE_NEWS_S if self._news else self.config.save_interval_s):
+            await self._save()
+        return _EXPIRE_EVERY_S * self._rng.uniform(0.8, 1.2)
+
+    def _due(self, what: str, now: float, every_s: float) -> bool:
+        """True once in ``every_s``; not at once."""
+        if now - self._done_at.setdefault(what, now) < every_s:
+            return False
+        self._done_at[what] = now
+        return True
 
     def _probe_silent(self, now: float) -> None:
         contact = self.table.longest_silent()
-        if contact is not None and now - contact.seen > 5 * self.config.probe_interval_s:
+        if contact is not None and now - contact.seen > 2 * self.config.probe_interval_s:
             self.protocol.probe(contact)
         lost = [self._remembered[node_id] for node_id in self._lost if node_id in self._remembered]
         if lost:

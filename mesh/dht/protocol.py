@@ -10,7 +10,7 @@ PING        []                                                  []
 FIND_NODE   [target]                                            [contacts]
 FIND_VALUE  [key, rank after which to go on, contacts wanted,   [contacts, records held, full, more, [records], fingerprint],
             tags of the records in hand, parts wanted]          in parts
-STORE       [[keys], remaining ms, record]                      [[verdicts], [nodes known nearer to each key than this one]]
+STORE       [[keys], remaining ms, base, record or patch]       [[verdicts], [nodes known nearer to each key than this one]]
 WATCH       [[keys], lease ms]                                  [lease ms]
 NOTICE      [remaining ms, record]                              none
 PROOF       [] and the cookie                                   none
@@ -20,7 +20,7 @@ PROOF       [] and the cookie                                   none
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -32,6 +32,7 @@ from mesh.dht.address import Address, is_loopback
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.counts import Counts
 from mesh.dht.mesh_time import MeshTime
+from mesh.dht.patch import apply_patch
 from mesh.dht.peers import PeerMemory
 from mesh.dht.routing import ID_BYTES, Contact, Table, encode_contacts
 from mesh.dht.rpc import ProveFirst, Request, SealedRpc
@@ -44,6 +45,7 @@ _MAX_KEYS = 4
 _CONTACTS_WITH_RECORDS = 8
 _RECORDS_FRAME_BYTES = 48
 _FEW_RECORDS = 8
+_WHOLE, _PATCH = b"\x00", b"\x01"
 MAX_TAGS = 200
 _MAX_WATCHED_KEYS = 1_024
 _MAX_WATCHERS = 256
@@ -111,7 +113,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         if not session.serve:
             return
         rival = self.router.seen(session.node_id, address, self.clock.monotonic())
-        if rival is not None and self.clock.monotonic() - rival.seen > self.config.probe_interval_s * 10:
+        if rival is not None and self.clock.monotonic() - rival.seen > self.config.probe_interval_s * 5:
             self.probe(rival)
 
     def on_failed(self, node_id: bytes, failures: int) -> None:
@@ -160,7 +162,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
             tags.append(held.tag)
             if more or covered(held.tag, known):
                 continue
-            item = encode_record(held, now)
+            item = encode_found(held, known, now)
             size = len(item) + 3
             if size > left:
                 if len(parts) == most or size > room:
@@ -174,15 +176,30 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         return [[contacts if at == 0 else b"", len(tags), full, more, items, mark] for at, items in enumerate(parts)]
 
     def rpc_store(self, request: Request) -> list[list[Any]]:
-        keys, remaining_ms, data = _fields(request, 3)
+        keys, remaining_ms, base, data = _fields(request, 4)
         if not isinstance(keys, list) or not 1 <= len(keys) <= _MAX_KEYS or not isinstance(data, bytes):
             raise MalformedEnvelope("bad store")
-        if type(remaining_ms) is not int or remaining_ms < 0 or len(data) > MAX_RECORD_BYTES:
+        if type(remaining_ms) is not int or remaining_ms < 0 or len(data) > MAX_RECORD_BYTES or not isinstance(base, bytes):
             raise MalformedEnvelope("bad store")
         keys = [_key(key) for key in keys]
         if not request.proven:
             raise ProveFirst
-        verdicts = self.storage.offer(
+        verdicts = self._offer(request, keys, remaining_ms, base, data)
+        for verdict in verdicts:
+            self.counts.add(f"store_{verdict.name.lower()}")
+        if Verdict.FORGED in verdicts:
+            self.counts.refuse("forged_record", request.address, now=self.clock.monotonic())
+        return [[[int(verdict) for verdict in verdicts], [self._nearer_known(key, request.node_id) for key in keys]]]
+
+    def _offer(self, request: Request, keys: list[bytes], remaining_ms: int, base: bytes, data: bytes) -> list[Verdict]:
+        """``base`` names the asker's own former record that ``data`` is a patch to, or is empty."""
+        if base:
+            held = self.storage.held(request.node_id)
+            former = held.base(base) if held is not None else None
+            if former is None:
+                return [Verdict.UNKNOWN_BASE] * len(keys)
+            data = apply_patch(former, data)
+        verdicts: list[Verdict] = self.storage.offer(
             data,
             keys,
             remaining_s=remaining_ms / 1000,
@@ -190,11 +207,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
             now=self.clock.monotonic(),
             wall=self.time.now(),
         )
-        for verdict in verdicts:
-            self.counts.add(f"store_{verdict.name.lower()}")
-        if Verdict.FORGED in verdicts:
-            self.counts.refuse("forged_record", request.address, now=self.clock.monotonic())
-        return [[[int(verdict) for verdict in verdicts], [self._nearer_known(key, request.node_id) for key in keys]]]
+        return verdicts
 
     def rpc_watch(self, request: Request) -> list[list[Any]]:
         keys, lease_ms = _fields(request, 2)
@@ -249,7 +262,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
 EMPTY = msgpack.packb([])
 
-__all__ = ["EMPTY", "MAX_TAGS", "MeshProtocol", "Op", "Watchers", "encode_record", "fingerprint", "parse_found", "tag_of"]
+__all__ = ["EMPTY", "MAX_TAGS", "MeshProtocol", "Op", "Watchers", "encode_found", "fingerprint", "parse_found", "tag_of"]
 
 
 class Watchers:
@@ -288,16 +301,26 @@ class Watchers:
         return list(found.items())
 
 
-def encode_record(held: Held, now: float) -> bytes:
-    """A record and what remains of its life, in ms."""
-    return max(0, min(65_535, int((held.ends - now) * 1000))).to_bytes(2) + held.record.signed
+def encode_found(held: Held, known: Mapping[bytes, int], now: float) -> bytes:
+    """What remains of a record's life in ms, and the record: whole, or as a patch to one the asker has."""
+    remaining = max(0, min(65_535, int((held.ends - now) * 1000))).to_bytes(2)
+    patched = held.patch_for(known) if known else None
+    if patched is None:
+        return remaining + _WHOLE + held.record.signed
+    return remaining + _PATCH + patched[0] + patched[1]
 
 
-def parse_found(item: object) -> tuple[float, bytes]:
+def parse_found(item: object, bases: Mapping[bytes, bytes]) -> tuple[float, bytes]:
     """The inverse, from outside: remaining seconds and the record's bytes. Raises `MalformedEnvelope`."""
-    if not isinstance(item, bytes) or not 2 < len(item) <= 2 + MAX_RECORD_BYTES:
+    if not isinstance(item, bytes) or not 3 < len(item) <= 3 + MAX_RECORD_BYTES:
         raise MalformedEnvelope("bad record in a reply")
-    return int.from_bytes(item[:2]) / 1000, item[2:]
+    remaining_s, data = int.from_bytes(item[:2]) / 1000, item[3:]
+    if item[2:3] == _WHOLE:
+        return remaining_s, data
+    former = bases.get(data[:TAG_BYTES])
+    if former is None:
+        raise MalformedEnvelope("a patch to a record we do not have")
+    return remaining_s, apply_patch(former, data[TAG_BYTES:])
 
 
 def fingerprint(tags: Iterable[bytes]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -16,15 +17,19 @@ import msgpack
 from mesh.clock import Clock
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.keys import MAX_LEVEL, indexes, shard_of
+from mesh.dht.patch import base_of, encode_patch
 from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
 from mesh.dht.routing import Contact
 from mesh.dht.rpc import Reply
-from mesh.dht.storage import Verdict
+from mesh.dht.storage import Verdict, is_material
 from mesh.dht.tasks import Tasks
 from mesh.records import Record, directory_key
 
 _KEYS_PER_STORE = 2
+_MAX_GIVEN = 256
+_REFRESH_SHARE = 0.4
+_TRY_UP_S = 300.0
 _GOOD = (Verdict.ACCEPTED, Verdict.WITHDRAWN)
 
 Walk = Callable[[bytes], Awaitable[list[Contact]]]
@@ -38,10 +43,14 @@ class _Place:
     key: bytes
     holders: dict[bytes, Contact] = field(default_factory=dict)
     full: int = 0
+    refused: Contact | None = None
+    """One that had no room."""
     wanted: int = 0
     walk_at: float = float("-inf")
     walking: bool = False
     rounds: int = 0
+    gave: dict[bytes, tuple[Contact, float]] = field(default_factory=dict)
+    """Whoever took a record of ours, and until when (monotonic) they may still hold it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +86,11 @@ class Publisher:
         self._places: dict[bytes, _Place] = {}
         self._indexes: dict[tuple[str, str], _Index] = {}
         self._record: Record | None = None
+        self._given: OrderedDict[bytes, bytes] = OrderedDict()
+        self._sent_at = float("-inf")
+        self._accepted = 0
+        self.unhurried = False
+        """Whether a record that says nothing new may wait until a good part of its life has passed: set in a large mesh."""
 
     def holders(self) -> dict[bytes, list[Contact]]:
         """By key, who is remembered to hold our record."""
@@ -105,7 +119,21 @@ class Publisher:
 
     async def publish(self, record: Record) -> int:
         """Store a signed record; returns how many holders have accepted it under each of its keys (the least of them)."""
-        self._record = record
+        former, self._record = self._record, record
+        if former is not None and not is_material(former, record) and self._may_wait(record):
+            return self._accepted
+        if former is None or is_material(former, record):
+            for place in self._places.values():
+                place.rounds = 0  # news goes to every holder
+        self._sent_at = self._clock.monotonic()
+        self._accepted = await self._publish(record)
+        return self._accepted
+
+    def _may_wait(self, record: Record) -> bool:
+        life_s = record.expires - record.issued
+        return self.unhurried and self._clock.monotonic() - self._sent_at < _REFRESH_SHARE * life_s
+
+    async def _publish(self, record: Record) -> int:
         wanted = {pair: self._indexes.setdefault(pair, _Index(*pair)) for pair in indexes(record)}
         gone = [pair for pair in self._indexes if pair not in wanted]
         withdrawn = [place for pair in gone for place in self._withdraw(self._indexes.pop(pair), record)]
@@ -115,6 +143,10 @@ class Publisher:
         accepted = await self._store(record, places + withdrawn)
         for place in withdrawn:
             self._places.pop(place.key, None)
+        for index in wanted.values():
+            if index.level and self._clock.monotonic() >= index.retry_at:
+                index.retry_at = self._clock.monotonic() + _TRY_UP_S * self._rng.uniform(0.5, 1.5)
+                self._tasks.start(self._try_up(index, record), name="directory try up")
         deeper = [index for index in wanted.values() if self._go_deeper(index, record)]
         if deeper:
             accepted |= await self._publish_deeper(record, deeper)
@@ -134,10 +166,6 @@ class Publisher:
         return directory_key(index.kind, index.name, shard_of(record.node_id, index.level))
 
     def _place(self, index: _Index, record: Record) -> _Place:
-        now = self._clock.monotonic()
-        if index.level and now >= index.retry_at:
-            index.level -= 1
-            index.retry_at = now + self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
         key = self._key(index, record)
         return self._places.setdefault(key, _Place(key))
 
@@ -151,8 +179,19 @@ class Publisher:
         if index.level >= MAX_LEVEL or not place.full or place.full < (place.full + len(place.holders)) / 2:
             return False
         index.level += 1
-        index.retry_at = self._clock.monotonic() + self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+        index.retry_at = self._clock.monotonic() + _TRY_UP_S * self._rng.uniform(0.5, 1.5)
         return True
+
+    async def _try_up(self, index: _Index, record: Record) -> None:
+        """Ask one holder of the level above whether there is room again; if so, the next refresh goes there."""
+        level = index.level - 1
+        above = self._places.get(directory_key(index.kind, index.name, shard_of(record.node_id, level)))
+        if above is None or above.refused is None:
+            return
+        accepted = {above.key: 0}
+        await self._store_at(record, above.refused, [above], accepted)
+        if accepted[above.key] and index.level == level + 1:
+            index.level, above.full = level, 0
 
     async def _find_holders(self, place: _Place) -> list[Contact]:
         """Walk to the key; returns who became a holder."""
@@ -171,10 +210,14 @@ class Publisher:
         return fresh
 
     def _due(self, place: _Place) -> list[Contact]:
-        """The holders of this round: the nearest each time, the spares every other time."""
+        """The holders of this round: the nearest each time, the spares every other time; of news, whoever may hold an older record."""
         goal = int.from_bytes(place.key)
         ordered = sorted(place.holders.values(), key=lambda contact: contact.long_id ^ goal)
         place.rounds += 1
+        if place.rounds == 1:
+            now = self._clock.monotonic()
+            place.gave = {node_id: (contact, until) for node_id, (contact, until) in place.gave.items() if until > now}
+            return ordered + [contact for contact, _ in place.gave.values() if contact.id not in place.holders]
         return ordered if place.rounds % 2 else ordered[: self._config.holders]
 
     async def _store(self, record: Record, places: Iterable[_Place]) -> dict[bytes, int]:
@@ -208,28 +251,51 @@ class Publisher:
         verdicts, nearer = _read_store_reply(reply, len(places))
         for place, verdict, others in zip(places, verdicts, nearer, strict=True):
             if verdict in _GOOD:
+                self._give(contact.id, record)
+                self._note_holder(place, contact, record)
                 accepted[place.key] += 1
                 if others > self._config.holders + self._config.spares:
                     place.walk_at = float("-inf")
             elif verdict is Verdict.FULL:
                 place.full += 1
+                place.refused = contact
                 place.holders.pop(contact.id, None)
             elif verdict is None:
                 place.holders.pop(contact.id, None)
 
+    def _note_holder(self, place: _Place, contact: Contact, record: Record) -> None:
+        now = self._clock.monotonic()
+        if len(place.gave) > _MAX_GIVEN:
+            place.gave = {node_id: held for node_id, held in place.gave.items() if held[1] > now}
+        place.gave[contact.id] = (contact, now + record.expires - record.issued)
+
     async def _send(self, record: Record, contact: Contact, keys: list[bytes]) -> Reply | None:
-        reply: Reply | None = None
-        for _ in range(2):
+        """As a patch to what this holder took last, or else whole; after an introduction, where it does not know us any more."""
+        former = self._given.get(contact.id, b"")
+        for _ in range(3):
             if self._protocol.sessions.by_node(contact.id) is None:
                 await self._protocol.request(contact.address, Op.PING, EMPTY, node_id=contact.id)
                 if self._protocol.sessions.by_node(contact.id) is None:
                     return None
-            remaining_ms = max(0, int((record.expires - self._clock.wall()) * 1000))
-            body = msgpack.packb([keys, remaining_ms, record.signed])
+            patched = former and former != record.signed
+            base, data = (base_of(former), encode_patch(former, record.signed)) if patched else (b"", record.signed)
+            body = msgpack.packb([keys, self._remaining_ms(record), base, data])
             reply = await self._protocol.request(contact.address, Op.STORE, body, node_id=contact.id)
+            if reply is not None and Verdict.UNKNOWN_BASE in _read_store_reply(reply, len(keys))[0]:
+                former = b""
+                continue
             if reply is not None or self._protocol.sessions.by_node(contact.id) is not None:
                 return reply
-        return reply
+        return None
+
+    def _remaining_ms(self, record: Record) -> int:
+        return max(0, int((record.expires - self._clock.wall()) * 1000))
+
+    def _give(self, holder: bytes, record: Record) -> None:
+        self._given[holder] = record.signed
+        self._given.move_to_end(holder)
+        if len(self._given) > _MAX_GIVEN:
+            self._given.popitem(last=False)
 
     def _repair(self, record: Record, places: list[_Place]) -> None:
         """Walk again, behind the refresh, for keys that lost holders or whose time has come."""

@@ -237,6 +237,14 @@ class Table(RoutingTable):  # type: ignore[misc]
                 break
         return found
 
+    def estimate_nodes(self) -> int:
+        """How many nodes the network has, judged by how near our nearest k are: k / (distance of the k-th / 2^256)."""
+        nearest = self.nearest(self.node.id, self.ksize)
+        if len(nearest) < self.ksize:
+            return len(nearest) + 1
+        farthest: int = nearest[-1].long_id ^ self.node.long_id
+        return max(len(self), int(self.ksize) * (1 << ID_BITS) // farthest)
+
     def stale_ranges(self, now: float, older_than_s: float) -> list[tuple[int, int]]:
         """Ranges of buckets that no look-up touched for so long."""
         return [bucket.range for bucket in self.buckets if now - bucket.touched > older_than_s]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from heapq import heappop, heappush
@@ -21,12 +21,14 @@ from kademlia.storage import IStorage
 from mesh.claims import CLOCK_SKEW_S
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.keys import allowed_keys, rank
+from mesh.dht.patch import base_of, encode_patch
 from mesh.dht.verify import Claim, Verifier, lifetime_s, peek
 from mesh.errors import Expired, TrustError
 from mesh.records import MAX_LIFETIME_S, Record
 
 TAG_BYTES = 5
 _OVERHANG = 1.5
+_FORMERS = 2
 
 
 class Verdict(IntEnum):
@@ -40,6 +42,7 @@ class Verdict(IntEnum):
     FORGED = 5
     WRONG_KEY = 6
     OVER_QUOTA = 7
+    UNKNOWN_BASE = 8
 
 
 @dataclass(slots=True)
@@ -61,10 +64,27 @@ class Held:
     source: bytes
     allowed: dict[bytes, None]
     keys: dict[bytes, None] = field(default_factory=dict)
+    formers: tuple[tuple[bytes, bytes], ...] = ()
+    """Tag and bytes of the records before this one, the newest first: what a patch may build on."""
     tag: bytes = b""
+    patches: dict[bytes, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tag = tag_of(self.record)
+
+    def base(self, name: bytes) -> bytes | None:
+        """This record's bytes, or a former's, by their short name."""
+        signed = (self.record.signed, *(data for _, data in self.formers))
+        return next((data for data in signed if base_of(data) == name), None)
+
+    def patch_for(self, tags: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+        """The tag of a former record that an asker has, and the patch from it to this one."""
+        for tag, former in self.formers:
+            if tags.get(tag[:-1]) == tag[-1]:
+                if tag not in self.patches:
+                    self.patches[tag] = encode_patch(former, self.record.signed)
+                return tag, self.patches[tag]
+        return None
 
 
 class RecordStore(IStorage):  # type: ignore[misc]
@@ -106,6 +126,8 @@ class RecordStore(IStorage):  # type: ignore[misc]
         self.verdicts.update(verdicts)
         if held is not None and not held.keys:
             self._drop(held)
+        if held is not None and held is not former:
+            self.on_change(held, former, former is None or is_material(former.record, held.record))
         return verdicts
 
     def _take(
@@ -144,6 +166,7 @@ class RecordStore(IStorage):  # type: ignore[misc]
     def _replace(self, held: Held, former: Held | None) -> None:
         node_id = held.record.node_id
         if former is not None:
+            held.formers = ((former.tag, former.record.signed), *former.formers)[:_FORMERS]
             self._unplace(former)
             for key in former.keys:
                 if key in held.allowed:
@@ -155,7 +178,6 @@ class RecordStore(IStorage):  # type: ignore[misc]
             self._placed[held.source] += 1
         self._remember(node_id, held.record.order, held.ends)
         heappush(self._ends, (held.ends, node_id))
-        self.on_change(held, former, former is None or is_material(former.record, held.record))
 
     def _remember(self, node_id: bytes, order: tuple[int, int], ends: float) -> None:
         """The tombstone: kept until no copy of an older record can be alive anywhere."""
@@ -271,7 +293,7 @@ def tag_of(record: Record) -> bytes:
     return record.node_id[8:11] + bytes((record.boot & 0xFF, record.seq & 0xFF))
 
 
-def covered(tag: bytes, tags: dict[bytes, int]) -> bool:
+def covered(tag: bytes, tags: Mapping[bytes, int]) -> bool:
     """Whether an asker with ``tags`` (by their first four bytes, the last) has this record or a newer one of the same boot."""
     last = tags.get(tag[:-1])
     return last is not None and (last - tag[-1]) % 256 < 128

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import structlog
 
+from mesh.clock import Clock
+
 log = structlog.get_logger(__name__)
 
 _MAX_TASKS = 1_000
+_PAUSE_AFTER_FAILURE_S = 1.0
 
 
 class Tasks:
@@ -28,6 +31,20 @@ class Tasks:
         self._tasks[task] = None
         task.add_done_callback(self._ended)
         return task
+
+    def repeat(self, step: Callable[[], Awaitable[float]], clock: Clock, *, name: str) -> None:
+        """Run ``step`` for as long as the node lives, pausing for the seconds it returns. One that fails is logged and tried again."""
+
+        async def forever() -> None:
+            while True:
+                try:
+                    pause_s = await step()
+                except Exception:
+                    log.exception("directory.step_failed", task=name)
+                    pause_s = _PAUSE_AFTER_FAILURE_S
+                await clock.sleep(pause_s)
+
+        self.start(forever(), name=name)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)

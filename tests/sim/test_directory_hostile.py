@@ -172,11 +172,11 @@ async def storm(swarm: Swarm, *, each: int) -> None:
     verdicts: Counter[str] = Counter()
     for name, make in kinds.items():
         for _ in range(each):
-            body = msgpack.packb([[role_key(Role.WORKER)], 20_000, make()])
+            body = msgpack.packb([[role_key(Role.WORKER)], 20_000, b"", make()])
             reply = await protocol.request(address.address, Op.STORE, body, node_id=victim.node_id)
             verdicts[f"{name}: {Verdict(reply.bodies[0][0][0]).name if reply is not None else 'no answer'}"] += 1
     for _ in range(each):
-        body = msgpack.packb([[model_key("another")], 20_000, newer.signed])
+        body = msgpack.packb([[model_key("another")], 20_000, b"", newer.signed])
         reply = await protocol.request(address.address, Op.STORE, body, node_id=victim.node_id)
         verdicts[f"mis-keyed: {Verdict(reply.bodies[0][0][0]).name if reply is not None else 'no answer'}"] += 1
     print(dict(verdicts))
@@ -217,7 +217,7 @@ def test_a_flooding_member_is_held_to_its_rate_and_its_share() -> None:
             sybil = swarm.mesh.identity(Role.WORKER, now=WALL_START)
             fake = replace(attacker.record(), node_id=sybil.node_id, seq=at)
             record = seal_record(fake, sybil.key, sybil.credentials.membership)
-            body = msgpack.packb([[role_key(Role.WORKER)], 20_000, record.signed])
+            body = msgpack.packb([[role_key(Role.WORKER)], 20_000, b"", record.signed])
             protocol.request(contact.address, Op.STORE, body, node_id=victim.node_id)
             await asyncio.sleep(0.01)
         await asyncio.sleep(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -36,8 +37,9 @@ class TestMesh:
         return Identity(key, credentials, mesh_id=self.mesh_id, now=now)
 
 
-def make_mesh(*, now: float, name: str = "test") -> TestMesh:
-    root, keys, nodes = (Ed25519PrivateKey.generate() for _ in range(3))
+def make_mesh(*, now: float, name: str = "test", entropy: Callable[[int], bytes] = os.urandom) -> TestMesh:
+    """``entropy`` gives so many bytes: a seeded generator's ``randbytes`` makes the same mesh each time."""
+    root, keys, nodes = (Ed25519PrivateKey.from_private_bytes(entropy(32)) for _ in range(3))
     root_certificate = make_root_certificate(root, name=name, now=now, lifetime_s=ROOT_LIFETIME_S)
     issuers = [
         Issuer(

@@ -40,7 +40,9 @@ class Liar:
         return self._lie(self, request)
 
     def store(self, request: Request) -> Reply:
-        keys, _, data = request.body
+        keys, _, base, data = request.body
+        if base:
+            return [[[int(Verdict.UNKNOWN_BASE)] * len(keys), [0] * len(keys)]]
         self.heard = [*self.heard[-99:], data]
         self.told["stores dropped"] += 1
         return [[[int(Verdict.ACCEPTED)] * len(keys), [0] * len(keys)]]
@@ -73,7 +75,7 @@ def forge(liar: Liar, request: Request) -> Reply:
 def replay(liar: Liar, request: Request) -> Reply:
     """Hands out the oldest records it ever heard, as if they had just come."""
     liar.told["replayed"] += 1
-    return liar.answer([b"\xff\xff" + data for data in liar.heard[:2]])
+    return liar.answer([b"\xff\xff\x00" + data for data in liar.heard[:2]])
 
 
 def fake_contacts(liar: Liar, request: Request) -> Reply:
@@ -98,4 +100,4 @@ LIES: tuple[Lie, ...] = (withhold, forge, replay, fake_contacts, babble)
 
 def _flip(data: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(data))
-    return b"\xff\xff" + data[:at] + bytes((data[at] ^ 1 << rng.randrange(8),)) + data[at + 1 :]
+    return b"\xff\xff\x00" + data[:at] + bytes((data[at] ^ 1 << rng.randrange(8),)) + data[at + 1 :]

@@ -146,7 +146,7 @@ class Swarm:
         self.loop = loop
         self.network = Network(loop, random.Random(self.rng.random()), conditions)
         self.config = config or DirectoryConfig()
-        self.mesh: TestMesh = make_mesh(now=WALL_START)
+        self.mesh: TestMesh = make_mesh(now=WALL_START, entropy=self.rng.randbytes)
         self.verifier = Verifier(MembershipCache(self.mesh.trust(), size=100_000), size=100_000)
         self.nodes: list[SimNode] = []
         self.bootstraps: list[str] = []
