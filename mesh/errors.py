@@ -21,6 +21,7 @@
     ├── CapacityError               a request cannot be served right now; trying again may help
     │   ├── RateLimited             a limit of the key or project is reached
     │   ├── Overloaded              every queue that could take it is full
+    │   │   └── Rerouted            (between proxy and worker) the worker has more to do than the proxy knew
     │   └── NoWorker                nobody ready serves the model
     ├── WorkerError                 a worker or its engine failed
     │   ├── WorkerLost              the link to it broke
@@ -176,6 +177,12 @@ class Overloaded(CapacityError):
     """Every queue that could take the request is full."""
 
     code = "overloaded"
+
+
+class Rerouted(Overloaded):
+    """The worker has more to do than the proxy knew; it may find a better one."""
+
+    code = "rerouted"
 
 
 class NoWorker(CapacityError):

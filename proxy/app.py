@@ -24,18 +24,19 @@ from mesh.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NoWorker,
+    Rerouted,
     RouteNotFound,
 )
-from proxy.choose import Wish, choose
 from proxy.config import ProxyConfig
 from proxy.downstream import Downstream
 from proxy.fleet import Fleet, Worker
-from proxy.forward import Attempt, usage_of
+from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
 from proxy.metrics import Metrics
 from proxy.openai import TASKS, Call, model_list, model_object, parse_call
 from proxy.respond import error_response
 from proxy.retry import RetryPolicy, counts_against_worker
+from proxy.route import Plan, Router
 from proxy.views import Views
 
 log = structlog.get_logger(__name__)
@@ -63,6 +64,7 @@ class App:
         self._views = views
         self._metrics = metrics
         self._rng = rng
+        self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
         self._attempts: set[Attempt] = set()
         self._created = int(time.time())
@@ -204,16 +206,19 @@ class App:
         if transport is None:
             raise ConnectionResetError
         downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
-        wish = Wish(model=call.model)
+        plan = self._router.plan(call, key.project, request.headers.get)
         failed, last = 0, None
         while True:
-            worker = choose(self._fleet.candidates(call.model, call.task), wish, self._rng)
-            if worker is None:
+            choice = self._router.choose(plan, request_id)
+            if choice is None:
                 raise last or self._nobody(call)
+            worker = choice.worker
             try:
-                await self._attempt(worker, downstream, request_id, key, call)
+                await self._attempt(plan, worker, downstream, request_id, key)
             except MeshError as error:
-                wish = Wish(model=call.model, avoid=wish.avoid | {worker.node_id})
+                if isinstance(error, Rerouted) and not downstream.started and self._router.rerouted(plan):
+                    continue
+                plan.avoid |= {worker.node_id}
                 if counts_against_worker(error):
                     failed += 1
                     worker.failed += 1
@@ -230,12 +235,14 @@ class App:
             else:
                 return downstream.response()
 
-    async def _attempt(self, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, call: Call) -> None:
+    async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey) -> None:
         now = asyncio.get_running_loop().time()
+        call = plan.call
         headers = {"x-request-id": request_id}
         if key.has_role(KeyRole.VIEWER) or key.has_role(KeyRole.ADMIN):
             headers["x-mesh-worker"] = worker.node_id.hex()[:12]
-        attempt = Attempt(worker, downstream, headers, now=now)
+            headers["x-mesh-reason"] = plan.explain(now)
+        attempt = Attempt(worker, downstream, headers, now=now, tokens=plan.tokens - plan.expected)
         head: dict[str, Any] = {
             "id": request_id,
             "task": call.task,
@@ -245,6 +252,8 @@ class App:
             "project": key.project,
             "key": key.id,
         }
+        if plan.chain or plan.priority:
+            head |= plan.head()
         worker.in_flight += 1
         self._attempts.add(attempt)
         try:
@@ -256,6 +265,8 @@ class App:
         prompt, completion = usage_of(trailer)
         self._metrics.tokens(call.model, "prompt").inc(prompt)
         self._metrics.tokens(call.model, "completion").inc(completion)
+        if plan.chain:
+            self._router.served(plan, prompt_tokens=prompt, cached_tokens=cached_of(trailer))
         if attempt.first_byte_at is not None:
             self._metrics.first_byte(call.model).observe(attempt.first_byte_at - now)
 
@@ -296,8 +307,6 @@ class App:
                 return await self._gather(content, limit)
         except TimeoutError:
             raise InvalidRequest("The request body did not arrive in time") from None
-        except web.HTTPRequestEntityTooLarge:
-            raise self._too_large() from None
         except web.RequestPayloadError:
             raise InvalidRequest("The request body is not valid HTTP") from None
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from mesh.config import NodeConfig
 from mesh.settings import setting
 from mesh.trust import Role
+from proxy.choose import POLICIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class ProxyConfig(NodeConfig):
         600.0, metavar="TIME", help="How long an answer may take to begin, however much progress is reported."
     )
     body_timeout_s: float = setting(60.0, metavar="TIME", help="How long a request body may take to arrive.")
+    routing: str = setting("prefix", choices=tuple(POLICIES), help="How a worker is chosen: by cached prefix and load, or more simply.")
     retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
 
     def __post_init__(self) -> None:

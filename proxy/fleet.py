@@ -11,25 +11,44 @@ from typing import Any
 import structlog
 
 from mesh.claims import read_int, read_number
+from mesh.clock import Clock, SystemClock
 from mesh.errors import MalformedEnvelope, ProtocolError
 from mesh.link.link import IncomingStream, Link
+from mesh.prefix import Chain, parse_news, text_bytes
 from mesh.records import Record, State
 from mesh.trust import Role
+from proxy.prefixes import PrefixIndex
 
 log = structlog.get_logger(__name__)
 
+TOKENS_PER_BYTE = 0.25
+"""Of a prompt's JSON, until an engine has counted one. English comes to about that."""
+LEARN_OVER = 50
+MAX_LEARNED = 4_096
+
 
 class Worker:
-    """One linked worker: its newest record, the load it pushed, and what this proxy gave it."""
+    """One linked worker: its newest record, the load it pushed, and what this proxy gave it.
+
+    ``backlog`` is the prefill it said, at ``load_at``, that it had yet to do, in tokens, ``rate`` how many a second it does; `sent` is what
+    this proxy has given it since, by stream. ``load_number`` names the LOAD that said so, 0 before the first.
+    """
 
     __slots__ = (
+        "_sent",
+        "_sent_tokens",
+        "backlog",
         "elsewhere",
         "failed",
         "in_flight",
         "kv_use",
         "link",
+        "load_at",
+        "load_number",
         "max_concurrency",
         "node_id",
+        "rank",
+        "rate",
         "record",
         "served",
         "waiting",
@@ -38,6 +57,11 @@ class Worker:
     def __init__(self, link: Link, record: Record) -> None:
         self.link = link
         self.node_id = record.node_id
+        self.rank = int.from_bytes(record.node_id[:8])
+        self.backlog = self.rate = self.load_at = 0.0
+        self.load_number = 0
+        self._sent: dict[int, int] = {}
+        self._sent_tokens = 0
         self.in_flight = 0
         self.elsewhere = record.load.running + record.load.waiting
         self.waiting = record.load.waiting
@@ -50,6 +74,26 @@ class Worker:
         self.record = record
         self.max_concurrency = record.capability.max_concurrency
 
+    def queued_tokens(self, now: float) -> float:
+        """Prefill it has yet to do: what it told, less what it has done since, and what this proxy sent that it may not have counted."""
+        if not self.backlog:
+            return float(self._sent_tokens)
+        return max(0.0, self.backlog - self.rate * (now - self.load_at)) + self._sent_tokens
+
+    def sent(self, stream: int, tokens: int) -> None:
+        """This proxy gave it so much prefill to do."""
+        self._sent[stream] = tokens
+        self._sent_tokens += tokens
+
+    def settled(self, stream: int) -> None:
+        """That prefill is done, or nobody wants it any more."""
+        self._sent_tokens -= self._sent.pop(stream, 0)
+
+    def counted(self, last: int) -> None:
+        """What it told includes everything up to this stream."""
+        while self._sent and (stream := next(iter(self._sent))) <= last:
+            self.settled(stream)
+
     @property
     def routable(self) -> bool:
         return self.record.state == State.READY and not self.link.draining and not self.link.closed
@@ -58,8 +102,11 @@ class Worker:
 class Fleet:
     """Implements `mesh.link.peers.PeersOwner` for a proxy."""
 
-    def __init__(self, *, on_record: Callable[[Record], None]) -> None:
+    def __init__(self, *, on_record: Callable[[Record], None], clock: Clock | None = None) -> None:
         self.workers: dict[bytes, Worker] = {}
+        self.prefixes: PrefixIndex[Worker] = PrefixIndex()
+        self._clock = clock or SystemClock()
+        self._tokens_per_byte: dict[str, tuple[float, int]] = {}
         self._by_model: dict[tuple[str, str], list[Worker]] = {}
         self._on_record = on_record
 
@@ -74,11 +121,31 @@ class Fleet:
     def tasks(self, model: str) -> set[str]:
         return {task for name, task in self._by_model if name == model}
 
+    # -- prompts
+
+    def tokens(self, model: str, size_bytes: int) -> int:
+        """How many tokens a prompt's text probably is."""
+        return round(size_bytes * self._tokens_per_byte.get(model, (TOKENS_PER_BYTE, 0))[0])
+
+    def holders(self, model: str, chain: Chain) -> dict[Worker, int]:
+        """The workers that hold the beginning of a prompt, and how much of it, in tokens."""
+        found = self.prefixes.find(chain)
+        return {worker: self.tokens(model, text_bytes(depth)) for worker, depth in found.items() if worker.routable}
+
+    def learn(self, model: str, size_bytes: int, tokens: int) -> None:
+        """An engine counted a prompt's tokens."""
+        rate, samples = self._tokens_per_byte.get(model, (TOKENS_PER_BYTE, 0))
+        rate += (min(2.0, max(1 / 64, tokens / size_bytes)) - rate) / min(LEARN_OVER, samples + 1)
+        if samples or len(self._tokens_per_byte) < MAX_LEARNED:
+            self._tokens_per_byte[model] = (rate, samples + 1)
+
     # -- PeersOwner
 
     def on_up(self, link: Link, record: Record) -> None:
         if record.role == Role.WORKER:
-            self.workers[record.node_id] = Worker(link, record)
+            self._forget(self.workers.get(record.node_id))
+            worker = self.workers[record.node_id] = Worker(link, record)
+            self.prefixes.join(worker, now=self._clock.monotonic())
             self._index()
         self._on_record(record)
 
@@ -86,6 +153,7 @@ class Fleet:
         worker = self.workers.get(link.node_id)
         if worker is not None and worker.link is link:
             del self.workers[link.node_id]
+            self._forget(worker)
             self._index()
 
     def on_record(self, link: Link, record: Record) -> None:
@@ -106,16 +174,31 @@ class Fleet:
             running, waiting = read_int(fields, "run", high=10**6), read_int(fields, "wait", high=10**6)
             yours = read_int(fields, "yours", high=10**6)
             worker.kv_use = read_number(fields, "kv", default=0.0, high=1.0)
+            number, last = read_int(fields, "n", default=0), read_int(fields, "last", default=0)
+            worker.backlog = float(read_int(fields, "pre", default=0, high=10**12))
+            worker.rate = float(read_int(fields, "rate", default=0, high=10**9))
         except MalformedEnvelope as error:
             raise ProtocolError(f"bad LOAD: {error.message}") from None
         worker.elsewhere = max(0, running + waiting - yours)
         worker.waiting = waiting
+        worker.load_number = number
+        worker.load_at = self._clock.monotonic()
+        worker.counted(last)
+
+    def on_prefix(self, link: Link, fields: dict[str, Any]) -> None:
+        worker = self.workers.get(link.node_id)
+        if worker is not None:
+            self.prefixes.take(worker, parse_news(fields), now=self._clock.monotonic())
 
     def on_drain(self, link: Link) -> None:
         self._index()
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         raise ProtocolError("a proxy serves no streams")
+
+    def _forget(self, worker: Worker | None) -> None:
+        if worker is not None:
+            self.prefixes.leave(worker)
 
     def _index(self) -> None:
         index: dict[tuple[str, str], list[Worker]] = {}

@@ -19,7 +19,10 @@ SLOW_CLIENT_S = 60.0
 
 
 class Attempt:
-    """Implements `mesh.link.link.StreamSink`. ``await run()`` returns the worker's trailer or raises what went wrong."""
+    """Implements `mesh.link.link.StreamSink`. ``await run()`` returns the worker's trailer or raises what went wrong.
+
+    ``tokens`` is the prefill it gives the worker to do, 0 if that is too little to count.
+    """
 
     __slots__ = (
         "_client_seen",
@@ -30,6 +33,7 @@ class Attempt:
         "_held",
         "_started_at",
         "_stream",
+        "_tokens",
         "_transport",
         "_worker_seen",
         "accepted",
@@ -38,7 +42,7 @@ class Attempt:
         "worker",
     )
 
-    def __init__(self, worker: Worker, downstream: Downstream, headers: Mapping[str, str], *, now: float) -> None:
+    def __init__(self, worker: Worker, downstream: Downstream, headers: Mapping[str, str], *, now: float, tokens: int = 0) -> None:
         self.worker = worker
         self.accepted = False
         self.first_byte_at: float | None = None
@@ -46,6 +50,7 @@ class Attempt:
         self._downstream = downstream
         self._transport = downstream.transport
         self._headers = headers
+        self._tokens = tokens
         self._started_at = now
         self._held = 0
         self._worker_seen = (0, 0)
@@ -57,6 +62,8 @@ class Attempt:
     async def run(self, head: Mapping[str, Any], body: bytes | bytearray) -> dict[str, Any]:
         """Send the request, pass the answer on, return the trailer. Raises a `MeshError`; cancelling it cancels the worker's work."""
         stream = self._stream = self.worker.link.open(head, self)
+        if self._tokens:
+            self.worker.sent(stream.number, self._tokens)
         try:
             if not stream.send_now(body):
                 try:
@@ -67,6 +74,8 @@ class Attempt:
             return await self._done
         finally:
             stream.cancel()
+            if self._tokens:
+                self.worker.settled(stream.number)
             if self._draining is not None:
                 self._draining.cancel()
             if self._done.done() and not self._done.cancelled():
@@ -110,6 +119,8 @@ class Attempt:
         self.last_sign_at = asyncio.get_running_loop().time()
 
     def on_head(self, head: dict[str, Any]) -> None:
+        if self._tokens and self._stream is not None:
+            self.worker.settled(self._stream.number)
         try:
             took_s = asyncio.get_running_loop().time() - self._started_at
             self._downstream.prepare(head, {**self._headers, "openai-processing-ms": str(round(took_s * 1000))})
@@ -167,6 +178,14 @@ class Attempt:
             if self._stream is not None:
                 self._stream.consumed(held)
         self._draining = None
+
+
+def cached_of(trailer: Mapping[str, Any]) -> int:
+    """Prompt tokens that the engine found cached; zero where a worker sent nonsense."""
+    try:
+        return read_int(trailer, "cached", default=0, high=10**9)
+    except MalformedEnvelope:
+        return 0
 
 
 def usage_of(trailer: Mapping[str, Any]) -> tuple[int, int]:

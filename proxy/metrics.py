@@ -9,9 +9,10 @@ import functools
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.choose import REASONS
 from proxy.fleet import Fleet, Worker
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -33,7 +34,12 @@ class Metrics:
         self.retries: Callable[[str], Counter] = functools.cache(retries.labels)
         self.first_byte: Callable[[str], Histogram] = functools.cache(first_byte.labels)
         self.duration: Callable[[str], Histogram] = functools.cache(duration.labels)
+        # Plain numbers, since each is counted once a request; read off at scrape time.
+        self.choices = dict.fromkeys(REASONS, 0)
+        self.cached_tokens = {"expected": 0, "counted": 0}
+        self.rerouted = 0
         self.registry.register(_FleetCollector(fleet, directory))
+        self.registry.register(_RoutingCollector(self, fleet))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -44,6 +50,28 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
+
+
+class _RoutingCollector(Collector):
+    def __init__(self, metrics: Metrics, fleet: Fleet) -> None:
+        self._metrics = metrics
+        self._fleet = fleet
+
+    def collect(self) -> Iterable[Metric]:
+        choices = CounterMetricFamily("infermesh_choices", "Workers chosen, by the reason that decided.", labels=("reason",))
+        for reason, count in self._metrics.choices.items():
+            choices.add_metric((reason,), count)
+        yield choices
+        text = "Prompt tokens thought to be cached where they were sent, and found there by the engines."
+        cached = CounterMetricFamily("infermesh_cached_tokens", text, labels=("kind",))
+        for kind, count in self._metrics.cached_tokens.items():
+            cached.add_metric((kind,), count)
+        yield cached
+        rerouted = "Requests sent back by a worker that had more to do than was known."
+        yield CounterMetricFamily("infermesh_rerouted", rerouted, value=self._metrics.rerouted)
+        yield GaugeMetricFamily(
+            "infermesh_prefix_hashes", "Different prefixes known to be held by workers.", value=len(self._fleet.prefixes)
+        )
 
 
 class _FleetCollector(Collector):

@@ -6,13 +6,14 @@ msgspec, which skips over the fields that are not asked for, so twenty megabytes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from mesh.errors import InvalidRequest, MeshError
+from mesh.prefix import BLOCK_BYTES, MAX_TEXT_BYTES, Chain, hash_chain
 
 TASKS = {
     "/v1/chat/completions": "chat",
@@ -21,6 +22,11 @@ TASKS = {
     "/v1/responses": "responses",
 }
 """Inference routes by path: which task a worker must serve."""
+PRIORITIES = ("interactive", "standard", "batch")
+"""As clients name them, the most urgent first."""
+
+
+_ABSENT = msgspec.Raw()
 
 
 class _Body(msgspec.Struct):
@@ -33,10 +39,12 @@ class _Body(msgspec.Struct):
     n: int | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
+    service_tier: msgspec.Raw = _ABSENT
 
 
 class _Chat(_Body, kw_only=True):
     messages: list[msgspec.Raw]
+    tools: msgspec.Raw = _ABSENT
 
 
 class _Completions(_Body, kw_only=True):
@@ -45,6 +53,8 @@ class _Completions(_Body, kw_only=True):
 
 class _Input(_Body, kw_only=True):
     input: msgspec.Raw
+    instructions: msgspec.Raw = _ABSENT
+    tools: msgspec.Raw = _ABSENT
 
 
 _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
@@ -57,13 +67,14 @@ _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One inference request, as far as the proxy needs to know it. ``body`` is the client's own bytes."""
+    """One inference request, as far as the proxy needs to know it. ``body`` is the client's own bytes, ``parsed`` what was read of it."""
 
     task: str
     path: str
     model: str
     stream: bool
     body: bytes | bytearray
+    parsed: _Body
 
 
 def parse_call(path: str, body: bytes | bytearray) -> Call:
@@ -85,7 +96,51 @@ def parse_call(path: str, body: bytes | bytearray) -> Call:
         value = getattr(parsed, name)
         if value is not None and value < (1 if name == "n" else 0):
             raise InvalidRequest(f"'{name}' is too small: {value}", param=name)
-    return Call(task=task, path=path, model=parsed.model, stream=bool(parsed.stream), body=body)
+    return Call(task=task, path=path, model=parsed.model, stream=bool(parsed.stream), body=body, parsed=parsed)
+
+
+def prompt_of(call: Call) -> tuple[Chain, int]:
+    """The chain of a prompt's text, and how many bytes of text count, at most `MAX_TEXT_BYTES`; nothing of one too short to matter.
+
+    The text is the client's own JSON: tools and instructions first, as chat templates have them, then each message as it was written. A
+    conversation that goes on begins with the same bytes.
+    """
+    if len(call.body) <= BLOCK_BYTES or call.task == "embeddings":
+        return (), 0
+    pieces = tuple(_pieces(call.parsed))
+    chain = hash_chain(f"{call.task}\0{call.model}".encode(), map(memoryview, pieces))
+    return chain, min(MAX_TEXT_BYTES, sum(map(len, pieces))) if chain else 0
+
+
+def _pieces(parsed: _Body) -> Iterator[msgspec.Raw]:
+    if isinstance(parsed, _Completions):
+        yield parsed.prompt
+        return
+    assert isinstance(parsed, _Chat | _Input)
+    yield parsed.tools
+    if isinstance(parsed, _Chat):
+        yield from parsed.messages
+        return
+    yield parsed.instructions
+    yield parsed.input
+
+
+def session_of(call: Call, header: str | None) -> str | None:
+    """What names the conversation that a request belongs to: ``x-session-id``, else OpenAI's ``prompt_cache_key``, else ``user``."""
+    return header or call.parsed.prompt_cache_key or call.parsed.user
+
+
+def priority_of(call: Call, header: str | None) -> int:
+    """0 interactive, 1 standard, 2 batch: ``x-priority``, else batch for OpenAI's ``service_tier`` "flex". Raises `InvalidRequest`.
+
+    A request without either is interactive, so that nobody can get ahead of the others by asking; anybody may step back.
+    """
+    if header is not None:
+        try:
+            return PRIORITIES.index(header.strip().lower())
+        except ValueError:
+            raise InvalidRequest(f"'x-priority' must be one of {', '.join(PRIORITIES)}", param="x-priority") from None
+    return PRIORITIES.index("batch") if bytes(call.parsed.service_tier) == b'"flex"' else 0
 
 
 def error_body(error: MeshError, *, kind: str, code: str) -> dict[str, Any]:

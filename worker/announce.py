@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+from mesh.clock import SystemClock
 from mesh.link.frames import Frame
+from mesh.link.link import Link
 from mesh.link.peers import Peers
 from mesh.node import About
+from mesh.prefix import encode_news, news_frames
 from mesh.records import Capability, Load, ModelEntry, State
 from worker.admission import Admission
 from worker.config import WorkerConfig
 from worker.engine import ModelSpec, Supervisor, Task
+from worker.prefill import Prefill
 
 LOAD_EVERY_S = 0.05
 """Load changes within this time go out as one frame."""
@@ -51,25 +56,53 @@ def kv_use(supervisor: Supervisor) -> float:
 
 
 class LoadPusher:
-    """Pushes LOAD frames on change, each link told how much of the work is its own."""
+    """Pushes LOAD frames on change, each link told how much of the work is its own, and PREFIX frames where what is cached has changed.
 
-    def __init__(self, admission: Admission, supervisor: Supervisor) -> None:
+    The first change goes out at once and further ones `LOAD_EVERY_S` apart. A link that is new gets all that is held before any change.
+    """
+
+    def __init__(self, admission: Admission, supervisor: Supervisor, prefill: Prefill | None = None) -> None:
         self._admission = admission
         self._supervisor = supervisor
+        self._prefill = prefill or Prefill(SystemClock())
+        self._prefill.tell = self.tell
         self._due: asyncio.TimerHandle | None = None
+        self._pushed_at = float("-inf")
+        self._informed: set[Link] = set()
         self.peers: Peers | None = None
 
     def changed(self) -> None:
         if self._due is None:
-            self._due = asyncio.get_running_loop().call_later(LOAD_EVERY_S, self._push)
+            loop = asyncio.get_running_loop()
+            self._due = loop.call_at(max(loop.time(), self._pushed_at + LOAD_EVERY_S), self._push)
+
+    def tell(self, link: Link) -> None:
+        """Send one link the load as it is now."""
+        fields = {"run": self._admission.running, "wait": self._admission.waiting, "kv": kv_use(self._supervisor), "yours": link.streams}
+        link.send_control(Frame.LOAD, {**fields, **self._prefill.load_fields(link)})
 
     def _push(self) -> None:
         self._due = None
+        self._pushed_at = asyncio.get_running_loop().time()
+        if self._supervisor.load is not None and self._supervisor.load.kv_tokens:
+            self._prefill.held.capacity_tokens = self._supervisor.load.kv_tokens
         if self.peers is None:
             return
-        fields = {"run": self._admission.running, "wait": self._admission.waiting, "kv": kv_use(self._supervisor)}
-        for link in list(self.peers.links.values()):
-            link.send_control(Frame.LOAD, {**fields, "yours": link.streams})
+        links = list(self.peers.links.values())
+        self._push_prefixes(links)
+        for link in links:
+            self.tell(link)
+
+    def _push_prefixes(self, links: Sequence[Link]) -> None:
+        held = self._prefill.held
+        added, removed = held.take_changes()
+        changes = [encode_news(news) for news in news_frames(added, removed)]
+        new = [link for link in links if link not in self._informed]
+        dump = [encode_news(news) for news in news_frames(held.hashes(), (), anew=True)] if new else []
+        for link in links:
+            for fields in dump if link in new else changes:
+                link.send_control(Frame.PREFIX, fields)
+        self._informed = set(links)
 
 
 def _printable(text: str) -> str:

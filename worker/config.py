@@ -43,6 +43,9 @@ class WorkerConfig(NodeConfig):
     threads: int = setting(0, metavar="N", help="CPU threads of the embedded engine; 0 leaves it to the engine.")
     context_tokens: int = setting(0, metavar="N", help="Context length per request; 0 takes the model's own or a safe default.")
     parallel: int = setting(0, metavar="N", help="Requests the embedded engine computes at once; 0 leaves it to the engine.")
+    kv_cache_tokens: int = setting(
+        0, metavar="N", help="Tokens that the engine's KV cache holds, to follow what it has cached; 0 goes by what the engine tells."
+    )
     record_ttl_s: float = setting(20.0, metavar="TIME", help="Life of this worker's record in the directory: 15s to 30s.")
 
     def __post_init__(self) -> None:
@@ -66,6 +69,6 @@ class WorkerConfig(NodeConfig):
         self.require(1 <= self.max_concurrency <= 100_000, "max_concurrency", "must be from 1 to 100000")
         self.require(0 <= self.queue_limit <= 100_000, "queue_limit", "must be from 0 to 100000")
         self.require(self.load_timeout_s > 0, "load_timeout_s", "must be more than zero")
-        for field in ("threads", "context_tokens", "parallel"):
+        for field in ("threads", "context_tokens", "parallel", "kv_cache_tokens"):
             self.require(getattr(self, field) >= 0, field, "must not be negative")
         self.require(5 <= self.record_ttl_s <= 60, "record_ttl_s", "must be from 5s to 60s")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 import structlog
 
-from mesh.claims import read_int, read_str
+from mesh.claims import read_bool, read_bytes, read_int, read_str
 from mesh.clock import Clock
 from mesh.errors import (
     BodyTooLarge,
@@ -30,8 +30,10 @@ from mesh.errors import (
 )
 from mesh.link.frames import MAX_PAYLOAD_BYTES
 from mesh.link.link import IncomingStream
-from worker.admission import Admission
+from mesh.prefix import HASH_BYTES, MAX_BLOCKS, MAX_TEXT_BYTES, split_chain
+from worker.admission import Admission, Priority
 from worker.engine import ModelSpec, Task
+from worker.prefill import Prefill, Prompt, Work
 from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, prepare_body, read_answer
 
 log = structlog.get_logger(__name__)
@@ -41,6 +43,8 @@ BODY_DEADLINE_S = 60.0
 MAX_REQUEST_BYTES = 4 << 30
 MAX_ANSWER_BYTES = 256 << 20
 MAX_COMPLAINT_BYTES = 64 * 1024
+COST_BYTES, MAX_COST = 4096, 64.0
+"""In its project's queue a request counts as one, and one more for each ``COST_BYTES`` of its body, up to ``MAX_COST``."""
 
 
 class EngineView(Protocol):
@@ -65,8 +69,10 @@ class Gateway:
         admission: Admission,
         on_load: Callable[[], None],
         clock: Clock,
+        prefill: Prefill | None = None,
     ) -> None:
         self.admission = admission
+        self.prefill = prefill or Prefill(clock)
         self.served = 0
         self._engine = engine
         self._session = session
@@ -95,21 +101,16 @@ class Gateway:
         try:
             request = _Request(head)
             model = self._model(request)
-            self.admission.check()  # before the body is read: a full worker need not take megabytes to say no
-            async with asyncio.timeout(BODY_DEADLINE_S):
-                body = await stream.read_body(max_bytes=request.size)
-            if len(body) != request.size:
-                raise ProtocolError("a request body of another length than OPEN announced")
-            prepared = prepare_body(body, task=request.task, engine_model=_renamed(model, request.model))
-            queued = time.monotonic()
-            working = asyncio.create_task(self._report_progress(stream))
+            self.admission.check(request.priority)  # before the body is read: a full worker need not take megabytes to say no
+            if request.prompt is None:
+                await self._answer(stream, request, model, None)
+                return
+            work = self.prefill.arrive(stream.link, request.prompt)
+            usage = None
             try:
-                self._on_load()
-                async with self.admission.slot():
-                    stream.accept()
-                    await self._ask(stream, request, prepared, working, queue_s=time.monotonic() - queued)
+                usage = await self._answer(stream, request, model, work)
             finally:
-                working.cancel()
+                self.prefill.leave(work, usage)
                 self._on_load()
         except MeshError as error:
             stream.fail(error)
@@ -118,6 +119,30 @@ class Gateway:
         except Exception:
             log.exception("request.crashed")
             stream.fail(WorkerError("The worker failed to handle this request"))
+
+    async def _answer(self, stream: IncomingStream, request: _Request, model: ModelSpec, work: Work | None) -> Usage:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            body = await stream.read_body(max_bytes=request.size)
+        if len(body) != request.size:
+            raise ProtocolError("a request body of another length than OPEN announced")
+        prepared = prepare_body(body, task=request.task, engine_model=_renamed(model, request.model))
+        queued = time.monotonic()
+        working = asyncio.create_task(self._report_progress(stream))
+
+        def on_first() -> None:
+            working.cancel()
+            if work is not None:
+                self.prefill.computed(work)
+                self._on_load()
+
+        try:
+            self._on_load()
+            async with self.admission.slot(request.priority, request.project, cost=request.cost):
+                stream.accept()
+                return await self._ask(stream, request, prepared, on_first, queue_s=time.monotonic() - queued)
+        finally:
+            working.cancel()
+            self._on_load()
 
     def _model(self, request: _Request) -> ModelSpec:
         for model in self._engine.models:
@@ -128,8 +153,8 @@ class Gateway:
         raise ModelNotFound(f"The model '{request.model}' is not served here", param="model")
 
     async def _ask(
-        self, stream: IncomingStream, request: _Request, prepared: Prepared, working: asyncio.Task[None], *, queue_s: float
-    ) -> None:
+        self, stream: IncomingStream, request: _Request, prepared: Prepared, on_first: Callable[[], None], *, queue_s: float
+    ) -> Usage:
         base_url = self._engine.base_url
         if base_url is None:
             raise EngineUnavailable("The worker's engine is not ready")
@@ -144,17 +169,18 @@ class Gateway:
                 if response.status != 200:
                     raise await _refusal(response)
                 if response.content_type == "text/event-stream":
-                    usage = await self._relay_events(stream, response, prepared, working)
+                    usage = await self._relay_events(stream, response, prepared, on_first)
                 else:
-                    usage = await self._relay_whole(stream, response, working)
+                    usage = await self._relay_whole(stream, response, on_first)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._engine.suspect()
             raise EngineUnavailable(f"The worker's engine failed ({type(error).__name__})") from None
         self.served += 1
         stream.end({**usage.to_trailer(), "queue_ms": round(queue_s * 1000), "engine_ms": round((time.monotonic() - started) * 1000)})
+        return usage
 
     async def _relay_events(
-        self, stream: IncomingStream, response: aiohttp.ClientResponse, prepared: Prepared, working: asyncio.Task[None]
+        self, stream: IncomingStream, response: aiohttp.ClientResponse, prepared: Prepared, on_first: Callable[[], None]
     ) -> Usage:
         """Pass events on, whole ones only. HEAD goes with the first, so a request that has had no token can still move."""
         events = EventStream(show_usage=prepared.show_usage)
@@ -164,7 +190,7 @@ class Gateway:
             nonlocal begun
             if not begun:
                 begun = True
-                working.cancel()
+                on_first()
                 stream.send_head({"status": 200, "type": "text/event-stream"})
 
         async for data in response.content.iter_any():
@@ -185,7 +211,7 @@ class Gateway:
             await stream.send(rest)
         return events.usage
 
-    async def _relay_whole(self, stream: IncomingStream, response: aiohttp.ClientResponse, working: asyncio.Task[None]) -> Usage:
+    async def _relay_whole(self, stream: IncomingStream, response: aiohttp.ClientResponse, on_first: Callable[[], None]) -> Usage:
         pieces, size = [], 0
         async for data in response.content.iter_any():
             size += len(data)
@@ -196,7 +222,7 @@ class Gateway:
         usage, answer = read_answer(body)
         if answer is None:
             raise EngineUnavailable("The worker's engine sent an answer that is not JSON")
-        working.cancel()
+        on_first()
         stream.send_head({"status": 200, "type": "application/json", "length": len(body)})
         for at in range(0, len(body), MAX_PAYLOAD_BYTES):
             await stream.send(body[at : at + MAX_PAYLOAD_BYTES])
@@ -213,7 +239,7 @@ class Gateway:
 class _Request:
     """The fields of an OPEN frame, checked. Raises `ProtocolError`."""
 
-    __slots__ = ("id", "model", "size", "task")
+    __slots__ = ("cost", "id", "model", "priority", "project", "prompt", "size", "task")
 
     def __init__(self, head: Mapping[str, Any]) -> None:
         try:
@@ -221,8 +247,21 @@ class _Request:
             self.model = read_str(head, "model")
             self.size = read_int(head, "size", high=MAX_REQUEST_BYTES)
             self.task = Task(read_str(head, "task", max_len=32))
+            self.project = read_str(head, "project", default="")
+            self.priority = Priority(read_int(head, "pri", default=0, high=max(Priority)))
+            self.prompt = _prompt(head) if "pfx" in head else None
         except (MalformedEnvelope, ValueError) as error:
             raise ProtocolError(f"bad OPEN: {error}") from None
+        self.cost = min(MAX_COST, 1 + self.size / COST_BYTES)
+
+
+def _prompt(head: Mapping[str, Any]) -> Prompt:
+    return Prompt(
+        chain=split_chain(read_bytes(head, "pfx", max_len=MAX_BLOCKS * HASH_BYTES)),
+        size_bytes=read_int(head, "txt", high=MAX_TEXT_BYTES),
+        streamed=read_bool(head, "stream", default=False),
+        seen=read_int(head, "seen") if "seen" in head else None,
+    )
 
 
 def _renamed(model: ModelSpec, asked: str) -> str | None:

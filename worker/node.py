@@ -24,8 +24,11 @@ from worker.admission import Admission
 from worker.announce import LoadPusher, about
 from worker.config import WorkerConfig
 from worker.engine import EngineKind, EngineSpec, Readiness, Supervisor, Timing, make_engine
+from worker.engine.llamacpp import DEFAULT_CONTEXT_TOKENS
 from worker.gateway import Gateway
 from worker.hardware import detect
+from worker.prefill import Prefill
+from worker.prefixes import UNKNOWN_CAPACITY_TOKENS, HeldPrefixes
 from worker.progress import DownloadProgress
 
 log = structlog.get_logger(__name__)
@@ -57,6 +60,9 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
 
     def on_change(readiness: Readiness) -> None:
         report()
+        if not readiness.is_ready:
+            prefill.held.clear()  # whatever the engine had cached, its next life begins without
+            pusher.changed()
         if started:
             node.changed()
 
@@ -73,13 +79,16 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
         on_change=on_change,
         on_progress=progress,
     )
-    pusher = LoadPusher(admission, supervisor)
+    prefill = Prefill(clock, held=HeldPrefixes(capacity_tokens=kv_cache_tokens(config)))
+    pusher = LoadPusher(admission, supervisor, prefill)
     async with aiohttp.ClientSession(
         connector=_connector(keeps_connections=engine.keeps_connections),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
         cookie_jar=aiohttp.DummyCookieJar(),  # an engine's cookie for one client must not come back with another's request
     ) as session:
-        gateway = Gateway(supervisor, session, headers=engine.headers, admission=admission, on_load=pusher.changed, clock=clock)
+        gateway = Gateway(
+            supervisor, session, headers=engine.headers, admission=admission, on_load=pusher.changed, clock=clock, prefill=prefill
+        )
         node = MeshNode(
             identity,
             directory,
@@ -144,6 +153,15 @@ def engine_spec(config: WorkerConfig) -> EngineSpec:
     )
 
 
+def kv_cache_tokens(config: WorkerConfig) -> int:
+    """How many tokens the engine's KV cache holds, until the engine itself says so."""
+    if config.kv_cache_tokens:
+        return config.kv_cache_tokens
+    if config.engine == EngineKind.LLAMACPP:
+        return (config.context_tokens or DEFAULT_CONTEXT_TOKENS) * (config.parallel or EngineSpec.parallel)
+    return UNKNOWN_CAPACITY_TOKENS
+
+
 class _Links:
     """Implements `mesh.link.peers.PeersOwner` for a worker: proxies open streams, and that is all they may do."""
 
@@ -162,6 +180,9 @@ class _Links:
 
     def on_load(self, link: Link, fields: dict[str, Any]) -> None:
         raise ProtocolError("a proxy has no load")
+
+    def on_prefix(self, link: Link, fields: dict[str, Any]) -> None:
+        raise ProtocolError("a proxy holds no prefixes")
 
     def on_drain(self, link: Link) -> None:
         pass

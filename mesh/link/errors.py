@@ -15,6 +15,7 @@ from mesh.errors import (
     ModelNotFound,
     Overloaded,
     ProtocolError,
+    Rerouted,
     UpstreamTimeout,
     WorkerError,
 )
@@ -28,6 +29,7 @@ _KINDS: dict[str, type[MeshError]] = {
         ModelNotFound,
         Overloaded,
         ProtocolError,
+        Rerouted,
         UpstreamTimeout,
         WorkerError,
     )

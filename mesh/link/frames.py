@@ -45,6 +45,7 @@ class Frame(IntEnum):
     DRAIN = 13
     PING = 14
     PONG = 15
+    PREFIX = 16
 
 
 def encode_frame(kind: int, stream: int, payload: bytes | bytearray = b"") -> bytes:

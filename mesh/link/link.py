@@ -131,6 +131,11 @@ class Link(asyncio.Protocol):
         """How many streams are open, in both directions."""
         return len(self._outgoing) + len(self._incoming)
 
+    @property
+    def last_incoming(self) -> int:
+        """The number of the newest stream that the peer opened, 0 before the first."""
+        return self._last_incoming
+
     def open(self, head: Mapping[str, Any], sink: StreamSink) -> OutgoingStream:
         """Open a stream with an OPEN frame. Raises `WorkerLost` if the link is gone."""
         if not self.closed and self._next_stream > MAX_STREAM_NUMBER:
@@ -146,7 +151,7 @@ class Link(asyncio.Protocol):
         return stream
 
     def send_control(self, kind: Frame, fields: Mapping[str, Any]) -> None:
-        """Send a frame of the link itself (HELLO, LOAD, RECORD, DRAIN)."""
+        """Send a frame of the link itself (HELLO, LOAD, PREFIX, RECORD, DRAIN)."""
         self.write(encode_control(kind, 0, fields))
 
     def ping(self) -> None:
@@ -264,7 +269,7 @@ class Link(asyncio.Protocol):
                 raise ProtocolError("a second HELLO")
             self.hello = parse_control(payload)
             self._owner.on_hello(self, self.hello)
-        elif kind in (Frame.LOAD, Frame.RECORD, Frame.DRAIN):
+        elif kind in (Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX):
             if self.hello is None:
                 raise ProtocolError("control before HELLO")
             self._owner.on_control(self, Frame(kind), parse_control(payload))

@@ -55,6 +55,8 @@ class PeersOwner(Protocol):
 
     def on_load(self, link: Link, fields: dict[str, Any]) -> None: ...
 
+    def on_prefix(self, link: Link, fields: dict[str, Any]) -> None: ...
+
     def on_drain(self, link: Link) -> None: ...
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None: ...
@@ -240,6 +242,8 @@ class Peers:
             self._owner.on_record(link, record)
         elif kind == Frame.LOAD:
             self._owner.on_load(link, fields)
+        elif kind == Frame.PREFIX:
+            self._owner.on_prefix(link, fields)
         elif kind == Frame.DRAIN:
             link.draining = True
             self._owner.on_drain(link)

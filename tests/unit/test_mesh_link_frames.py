@@ -62,6 +62,10 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "load": (Frame.LOAD, 0, {"run": 3, "wait": 0, "kv": 0.25, "yours": 2}),
         "record": (Frame.RECORD, 0, {"rec": record}),
         "drain": (Frame.DRAIN, 0, {}),
+        "load with prefill": (Frame.LOAD, 0, {"run": 3, "wait": 0, "kv": 0.25, "yours": 2, "n": 7, "pre": 12000, "rate": 7000, "last": 41}),
+        "open of a long prompt": (Frame.OPEN, 5, {**request, "pri": 2, "pfx": bytes(range(16)), "txt": 1100, "seen": 7}),
+        "prefixes, all": (Frame.PREFIX, 0, {"new": True, "add": bytes(range(16))}),
+        "prefixes, a change": (Frame.PREFIX, 0, {"add": bytes(range(16, 24)), "del": bytes(range(8))}),
     }
     raw = {
         "data": (Frame.DATA, 1, encode_frame(Frame.DATA, 1, event)),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import InvalidRequest, ModelNotFound
-from proxy.openai import TASKS, error_body, model_list, parse_call
+from mesh.prefix import MAX_BLOCKS, MAX_TEXT_BYTES
+from proxy.openai import TASKS, error_body, model_list, parse_call, priority_of, prompt_of, session_of
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -170,3 +171,74 @@ def test_error_body_has_openais_shape() -> None:
     assert error_body(error, kind="invalid_request_error", code=error.code) == {
         "error": {"message": "no such model", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}
     }
+
+
+# -- what a request is routed by
+
+
+def chat(*contents: str, **more: object) -> bytes:
+    messages = [{"role": "user" if index % 2 == 0 else "assistant", "content": text} for index, text in enumerate(contents)]
+    return json.dumps({"model": "m", "messages": messages, **more}).encode()
+
+
+def test_conversation_that_goes_on_begins_with_the_chain_it_had() -> None:
+    first, second = chat("a" * 5000), chat("a" * 5000, "b" * 300, "c" * 900)
+    (one, size), (two, longer) = (prompt_of(parse_call("/v1/chat/completions", body)) for body in (first, second))
+    assert len(one) == size // 512 == 9
+    assert two[:9] == one
+    assert longer > size
+    assert len(two) > len(one)
+
+
+def test_tools_come_before_messages_and_other_models_and_tasks_have_other_chains() -> None:
+    def chain(body: bytes, path: str = "/v1/chat/completions") -> tuple[bytes, ...]:
+        return prompt_of(parse_call(path, body))[0]
+
+    tools = [{"type": "function", "function": {"name": "f" * 700}}]
+    assert chain(chat("x" * 2000, tools=tools))[0] == chain(chat("y" * 2000, tools=tools))[0]
+    assert chain(chat("x" * 2000, tools=tools))[0] != chain(chat("x" * 2000))[0]
+    other = json.loads(chat("x" * 2000)) | {"model": "n"}
+    assert set(chain(json.dumps(other).encode())).isdisjoint(chain(chat("x" * 2000)))
+    assert chain(b'{"model":"m","input":"%s"}' % (b"x" * 2000), "/v1/embeddings") == ()
+
+
+def test_short_prompt_and_long_settings_around_it_have_no_chain() -> None:
+    assert prompt_of(parse_call("/v1/chat/completions", chat("x" * 100))) == ((), 0)
+    assert prompt_of(parse_call("/v1/chat/completions", chat("x" * 100, guided_json="y" * 10_000))) == ((), 0)
+
+
+def test_only_the_beginning_of_a_giant_body_is_looked_at() -> None:
+    chain, size = prompt_of(parse_call("/v1/chat/completions", chat("x" * (4 << 20))))
+    assert (len(chain), size) == (MAX_BLOCKS, MAX_TEXT_BYTES)
+
+
+def test_session_is_named_by_header_then_cache_key_then_user() -> None:
+    call = parse_call("/v1/chat/completions", chat("x", user="u", prompt_cache_key="k"))
+    assert session_of(call, "h") == "h"
+    assert session_of(call, None) == "k"
+    assert session_of(parse_call("/v1/chat/completions", chat("x", user="u")), None) == "u"
+    assert session_of(parse_call("/v1/chat/completions", chat("x")), None) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "tier", "priority"),
+    [
+        (None, None, 0),
+        (None, "auto", 0),
+        (None, "priority", 0),
+        (None, "flex", 2),
+        (None, {"odd": 1}, 0),
+        ("interactive", "flex", 0),
+        (" Standard", None, 1),
+        ("batch", None, 2),
+    ],
+)
+def test_priority_is_named_by_header_then_service_tier(header: str | None, tier: object, priority: int) -> None:
+    more = {} if tier is None else {"service_tier": tier}
+    assert priority_of(parse_call("/v1/chat/completions", chat("x", **more)), header) == priority
+
+
+def test_unknown_priority_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        priority_of(parse_call("/v1/chat/completions", chat("x")), "urgent")
+    assert caught.value.param == "x-priority"

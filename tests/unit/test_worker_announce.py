@@ -38,9 +38,10 @@ class StandInSupervisor:
     load: EngineLoad | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class StandInLink:
     streams: int
+    last_incoming: int = 7
     sent: list[tuple[Frame, dict[str, Any]]] = field(default_factory=list)
 
     def send_control(self, kind: Frame, fields: dict[str, Any]) -> None:
@@ -106,9 +107,11 @@ def test_changes_of_load_within_a_moment_go_out_as_one_frame_to_each_link_with_i
             await asyncio.sleep(2 * LOAD_EVERY_S)
             pusher.changed()
         await asyncio.sleep(2 * LOAD_EVERY_S)
-        one = {"run": 1, "wait": 0, "kv": 0.25}
-        none = {"run": 0, "wait": 0, "kv": 0.25}
-        assert links[b"a"].sent == [(Frame.LOAD, one | {"yours": 2}), (Frame.LOAD, none | {"yours": 2})]
-        assert links[b"b"].sent == [(Frame.LOAD, one | {"yours": 0}), (Frame.LOAD, none | {"yours": 0})]
+        prefill = {"pre": 0, "rate": 0, "last": 7}
+        one = {"run": 1, "wait": 0, "kv": 0.25, "n": 1, **prefill}
+        none = {"run": 0, "wait": 0, "kv": 0.25, "n": 2, **prefill}
+        dump = (Frame.PREFIX, {"new": True})
+        assert links[b"a"].sent == [dump, (Frame.LOAD, one | {"yours": 2}), (Frame.LOAD, none | {"yours": 2})]
+        assert links[b"b"].sent == [dump, (Frame.LOAD, one | {"yours": 0}), (Frame.LOAD, none | {"yours": 0})]
 
     run_streams(scenario)

@@ -23,6 +23,7 @@ HISTORY = 64
 MAX_NAME = 256
 MAX_LISTED = 256
 MAX_METRICS_LINES = 50_000
+MAX_INFO_CHARS = 16_384
 
 
 class EngineKind(StrEnum):
@@ -248,6 +249,8 @@ class EngineLoad:
     kv_use: float | None = None
     prefix_queries: int | None = None
     prefix_hits: int | None = None
+    kv_tokens: int | None = None
+    """What the KV cache holds when it is full."""
 
 
 _SAMPLE = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]{0,200})(?:\{[^\n]*\})?[ \t]+(\S{1,64})(?:[ \t]+\d+)?[ \t]*")
@@ -270,6 +273,15 @@ def parse_samples(text: str, names: Iterable[str]) -> dict[str, list[float]]:
             if math.isfinite(value) and 0 <= value < 2**53:
                 found.setdefault(match[1], []).append(value)
     return found
+
+
+_LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]{0,100})="([^"\\\n]{0,100})"')
+
+
+def read_labels(text: str, name: str) -> list[dict[str, str]]:
+    """The labels of each sample of that name: what an engine says in an "info" metric. Odd ones are passed over."""
+    lines = [line for line in text.splitlines()[:MAX_METRICS_LINES] if line.startswith(name + "{") and len(line) <= MAX_INFO_CHARS]
+    return [dict(_LABEL.findall(line)) for line in lines[:MAX_LISTED]]
 
 
 def read_load(

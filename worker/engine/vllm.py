@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mesh.errors import ConfigError, ModelSourceError
 from worker.engine.base import (
@@ -20,6 +20,7 @@ from worker.engine.base import (
     ModelSpec,
     ProgressCallback,
     own_model,
+    read_labels,
     read_load,
 )
 from worker.engine.secret import bearer
@@ -131,7 +132,7 @@ class VllmEngine:
 
 def parse_vllm_load(metrics: str) -> EngineLoad | None:
     """vLLM's names, new ones first."""
-    return read_load(
+    load = read_load(
         metrics,
         running="vllm:num_requests_running",
         waiting="vllm:num_requests_waiting",
@@ -139,3 +140,14 @@ def parse_vllm_load(metrics: str) -> EngineLoad | None:
         prefix_queries=("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total"),
         prefix_hits=("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
     )
+    return load and replace(load, kv_tokens=_kv_tokens(metrics))
+
+
+def _kv_tokens(metrics: str) -> int | None:
+    """Blocks times their size; several data-parallel cores add up."""
+    found = [
+        int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+        for labels in read_labels(metrics, "vllm:cache_config_info")
+        if all(0 < len(labels.get(name, "")) < 12 and labels[name].isdecimal() for name in ("num_gpu_blocks", "block_size"))
+    ]
+    return sum(found) or None
