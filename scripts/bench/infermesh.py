@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,9 @@ def start_infermesh(wish: Wish) -> Mesh:
         for node in answer["nodes"]:
             mesh.pids.setdefault(node["role"], []).append(int(node["pid"]))
         _join(wish, mesh)
+    except NotYet as error:
+        _stop(home, extra)
+        raise NotYet(f"{error} (logs under {home})") from None
     except BaseException:
         _stop(home, extra)
         raise
@@ -95,8 +99,9 @@ def start_infermesh(wish: Wish) -> Mesh:
 
 
 def stop_infermesh(mesh: Mesh) -> None:
-    """Stop what was joined, then `mesh down`."""
+    """Stop what was joined, then `mesh down`; nothing is left."""
     _stop(mesh.home, mesh.extra)
+    shutil.rmtree(mesh.home, ignore_errors=True)
 
 
 def _stop(home: Path, extra: list[subprocess.Popen[bytes]]) -> None:
@@ -107,7 +112,9 @@ def _stop(home: Path, extra: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _call(wish: Wish, argv: list[str], timeout_s: float) -> dict[str, Any]:
-    """Run a command that prints one JSON object. Raises NotYet with its words when it fails."""
+    """Run a command that prints one JSON object. Raises NotYet with its words when it fails.
+
+    Not from the current folder: `python -m` would take the project's code from there, whatever is installed."""
     others = set(wish.other_cores)
     env = {**os.environ, **WORKER_ENV, **dict(wish.env)}
     try:
@@ -118,6 +125,7 @@ def _call(wish: Wish, argv: list[str], timeout_s: float) -> dict[str, Any]:
             timeout=timeout_s,
             check=False,
             env=env,
+            cwd=tempfile.gettempdir(),
             preexec_fn=lambda: os.sched_setaffinity(0, others),
         )
     except subprocess.TimeoutExpired as error:
@@ -160,7 +168,7 @@ def _start_node(wish: Wish, mesh: Mesh, role: str, number: int, argv: list[str])
     env = {**WORKER_ENV, **dict(wish.env), "MESH_JOIN": token}
     python_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
     cores = wish.proxy_cores if role == "proxy" else wish.other_cores
-    process = processes.start(argv, cores, mesh.home / f"{name}.log", {**env, "PYTHONPATH": python_path})
+    process = processes.start(argv, cores, mesh.home / f"{name}.log", {**env, "PYTHONPATH": python_path}, cwd=mesh.home)
     mesh.extra.append(process)
     mesh.pids.setdefault(role, []).append(process.pid)
 
