@@ -7,8 +7,8 @@ import os
 import subprocess
 import time
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench import processes
@@ -21,6 +21,7 @@ FOREIGN_LIMIT = 0.05
 TRIALS = 3
 QUIET_WINDOW_S = 0.5
 QUIET_SHARE = 0.15
+MOST_FEWEST = 20
 
 Json = dict[str, Any]
 
@@ -135,10 +136,10 @@ def plain(lab: Lab, target: Target, concurrency: int) -> Json:
     return run(lab, target, ["plain", "-c", str(concurrency), "-t", str(lab.window_s), "--warm", str(lab.warm_s)])
 
 
-def streams(lab: Lab, target: Target, count: int, sample: float = 1.0, probes: int = 0) -> Json:
+def streams(lab: Lab, target: Target, count: int, sample: float = 1.0, probes: int = 0, ramp_s: float = 20) -> Json:
     """Streams kept open, a token each 20 ms."""
     options = ["-s", str(count), "-t", str(lab.window_s), "--warm", str(lab.warm_s), "--sample", str(sample)]
-    return run(lab, target, ["streams", *options, "--ramp", "20", "--probes", str(probes)])
+    return run(lab, target, ["streams", *options, "--ramp", str(ramp_s), "--probes", str(probes)])
 
 
 def clean(result: Json) -> bool:
@@ -155,39 +156,44 @@ def holds(result: Json, count: int) -> bool:
     return bool(gap_ms < GAP_LIMIT_MS and whole and not result["errors"] and result["streams"] >= count)
 
 
-def most_streams(lab: Lab, target: Target, guess: int, trials: int = 7, ceiling: int = 6000) -> Json:
-    """The most streams held with a gap p99 under the limit: up and down by 15%, then one halving. A bracket search: the truth lies
-    between `held` and `not_held`."""
-    tried: dict[int, Json] = {}
-    held, lost = 0, ceiling + 1
-    count = max(20, min(guess, ceiling))
+def bracket(
+    held: Callable[[int], bool], guess: int, *, trials: int = 8, ceiling: int = 6000, close: float = 0.06
+) -> tuple[int, int | None]:
+    """The largest count known to be held (0: none) and the smallest known not to be (None: none tried), at most `close` apart unless the
+    trials ran out first: outwards from the guess by a third until both are known, then halving."""
+    most, least_lost, count = 0, None, max(MOST_FEWEST, min(guess, ceiling))
     for _ in range(trials):
-        result = streams(lab, target, count, sample=min(1.0, max(0.2, 200 / count)))
-        tried[count] = {
+        if held(count):
+            most = max(most, count)
+        else:
+            least_lost = count if least_lost is None else min(least_lost, count)
+        if least_lost is None:
+            count = min(ceiling, count * 4 // 3)
+            if most == ceiling:
+                break
+        elif not most:
+            count = least_lost * 2 // 3
+            if count < MOST_FEWEST:
+                break
+        elif least_lost - most <= close * most:
+            break
+        else:
+            count = (most + least_lost) // 2
+    return most, least_lost
+
+
+def most_streams(lab: Lab, target: Target, guess: int) -> Json:
+    """The most streams held with a gap p99 under the limit; the truth lies between `held` and `not_held`."""
+    tried: dict[str, Json] = {}
+
+    def attempt(count: int) -> bool:
+        result = streams(replace(lab, window_s=min(lab.window_s, 4.0)), target, count, sample=min(1.0, max(0.2, 200 / count)), ramp_s=8)
+        tried[str(count)] = {
             "gap_p99_ms": result["gap"].get("p99_us", 0) / 1e3,
-            "tokens_per_s": result["tokens_per_s"],
-            "core_share": result["core_share"],
-            "core_busy": result["core_busy"],
-            "errors": result["errors"],
             "held": holds(result, count),
+            **{field: result[field] for field in ("tokens_per_s", "streams", "errors", "core_share", "core_busy")},
         }
-        if tried[count]["held"]:
-            held = max(held, count)
-        else:
-            lost = min(lost, count)
-        if held and lost <= ceiling and lost - held <= 0.06 * held:
-            break
-        if held and lost > ceiling:
-            following = min(int(held * 1.15) + 1, ceiling)
-        elif not held:
-            following = int(lost * 0.85)
-        else:
-            following = (held + lost) // 2
-        if following in tried or following < 10:
-            break
-        count = following
-    return {
-        "held": held,
-        "not_held": lost if lost <= ceiling else None,
-        "tried": {str(key): tried[key] for key in sorted(tried)},
-    }
+        return bool(tried[str(count)]["held"])
+
+    held, not_held = bracket(attempt, guess)
+    return {"held": held, "not_held": not_held, "tried": tried}
