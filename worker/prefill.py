@@ -46,11 +46,12 @@ class Prompt:
 
 @dataclass(slots=True)
 class Work:
-    """One prompt while it is here."""
+    """One prompt while it is here. ``cached`` blocks of it are held, and so are ``sure`` ones: those that no other is still computing."""
 
     prompt: Prompt
     ticket: int
     cached: int
+    sure: int
     computed: bool = False
 
 
@@ -74,6 +75,7 @@ class Prefill:
         self.rerouted = 0
         self.tell: Callable[[Any], None] | None = None
         self._clock = clock
+        self._computing: dict[bytes, int] = {}
         self._views: weakref.WeakKeyDictionary[Teller, _View] = weakref.WeakKeyDictionary()
 
     def arrive(self, link: Teller, prompt: Prompt) -> Work:
@@ -83,21 +85,27 @@ class Prefill:
             self.rerouted += 1
             self.tell(link)
             raise Rerouted
-        cached = self.held.depth(prompt.chain)
+        chain = prompt.chain
+        cached = self.held.depth(chain)
         total = round(prompt.size_bytes * self.held.tokens_per_byte)
         tokens = max(0, total - self.held.tokens(cached))
-        self.held.add(prompt.chain)
+        self.held.add(chain)
         view.brought += tokens
-        return Work(prompt, self.backlog.add(tokens, now=self._clock.monotonic(), streamed=prompt.streamed), cached)
+        ticket = self.backlog.add(tokens, now=self._clock.monotonic(), streamed=prompt.streamed)
+        sure = 0 if cached and chain[cached - 1] in self._computing else cached
+        self._computing.update(dict.fromkeys(chain[cached:], ticket))
+        return Work(prompt, ticket, cached, sure)
 
     def computed(self, work: Work) -> None:
         """Its first token is there."""
         work.computed = True
+        self._computed(work)
         self.backlog.done(work.ticket, now=self._clock.monotonic(), computed=True)
 
     def leave(self, work: Work, usage: Usage | None) -> None:
         """It is over; ``usage`` None if it was not completed."""
         if not work.computed:
+            self._computed(work)
             self.backlog.done(work.ticket, now=self._clock.monotonic(), computed=False)
             self.held.drop(work.prompt.chain[work.cached :])
         elif usage is not None:
@@ -107,7 +115,7 @@ class Prefill:
                 prompt_tokens=usage.prompt,
                 completion_tokens=usage.completion,
                 cached_tokens=usage.cached,
-                expected=work.cached,
+                expected=work.sure,
             )
 
     def load_fields(self, link: Teller) -> dict[str, int]:
@@ -117,6 +125,11 @@ class Prefill:
         view.history.append((view.number, self.backlog.ever - view.brought))
         backlog = round(self.backlog.level(now=self._clock.monotonic()))
         return {"n": view.number, "pre": backlog, "rate": round(self.backlog.rate), "last": link.last_incoming}
+
+    def _computed(self, work: Work) -> None:
+        for key in work.prompt.chain[work.cached :]:
+            if self._computing.get(key) == work.ticket:
+                del self._computing[key]
 
     def _surprise(self, view: _View, seen: int) -> float:
         """Prefill from others that came after LOAD number ``seen`` was sent, and is still to be done."""

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from mesh.errors import Overloaded
-from worker.admission import Admission
+from worker.admission import REMEMBERED, WEIGHTS, Admission, Priority
 
 
 class Crowd:
@@ -22,17 +22,17 @@ class Crowd:
         self._leave: dict[int, asyncio.Event] = {}
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
-    def come(self, number: int) -> asyncio.Task[None]:
+    def come(self, number: int, priority: Priority = Priority.INTERACTIVE, project: str = "", *, cost: float = 1.0) -> asyncio.Task[None]:
         self._leave[number] = asyncio.Event()
-        self.tasks[number] = asyncio.create_task(self._hold(number))
+        self.tasks[number] = asyncio.create_task(self._hold(number, priority, project, cost))
         return self.tasks[number]
 
     def leave(self, number: int) -> None:
         self._leave[number].set()
 
-    async def _hold(self, number: int) -> None:
+    async def _hold(self, number: int, priority: Priority, project: str, cost: float) -> None:
         try:
-            async with self.admission.slot():
+            async with self.admission.slot(priority, project, cost=cost):
                 self.entered.append(number)
                 self.most = max(self.most, self.admission.running)
                 await self._leave[number].wait()
@@ -185,6 +185,152 @@ async def test_nobody_is_lost_however_they_come_and_go(seed: int) -> None:
             await asyncio.sleep(0)
         assert crowd.admission.running <= limit
         assert crowd.admission.waiting <= queue_limit
+    for number in range(200):
+        crowd.leave(number)
+    results = await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
+    assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
+    assert crowd.most <= limit
+    assert (crowd.admission.running, crowd.admission.waiting) == (0, 0)
+    await asyncio.wait_for(crowd.admission.idle(), 5)
+
+
+# -- fairness
+
+
+async def one_by_one(crowd: Crowd, holder: int, count: int) -> list[int]:
+    """Let ``count`` waiters through, each leaving before the next enters; returns them in the order of entering."""
+    order, leaving = [], holder
+    for _ in range(count):
+        before = len(crowd.entered)
+        crowd.leave(leaving)
+        await settle()
+        (leaving,) = crowd.entered[before:]
+        order.append(leaving)
+    crowd.leave(leaving)
+    await settle()
+    return order
+
+
+@pytest.fixture
+async def busy() -> Crowd:
+    """One slot, taken by number 0, and a long queue."""
+    crowd = Crowd(Admission(limit=1, queue_limit=1000))
+    crowd.come(0)
+    await settle()
+    return crowd
+
+
+async def test_priorities_share_the_slots_by_weight_and_the_lowest_is_not_starved(busy: Crowd) -> None:
+    names = {}
+    for number in range(1, 301):
+        names[number] = Priority(number % 3)
+        busy.come(number, names[number])
+    await settle()
+    order = await one_by_one(busy, 0, 105)
+    counts = {priority: sum(names[number] is priority for number in order) for priority in Priority}
+    assert {priority: round(count / 5) for priority, count in counts.items()} == WEIGHTS
+    assert any(names[number] is Priority.BATCH for number in order[:25])
+    for task in busy.tasks.values():
+        task.cancel()
+
+
+async def test_projects_take_turns_within_a_priority_and_each_is_first_come_first_served(busy: Crowd) -> None:
+    for number in range(1, 9):
+        busy.come(number, project="large")
+    busy.come(9, project="small")
+    busy.come(10, project="small")
+    await settle()
+    order = await one_by_one(busy, 0, 10)
+    assert set(order[:4]) == {1, 2, 9, 10}
+    assert [number for number in order if number <= 8] == list(range(1, 9))
+
+
+async def test_project_of_costly_requests_gets_fewer_of_them(busy: Crowd) -> None:
+    for number in range(1, 41):
+        busy.come(number, project="costly" if number % 2 else "cheap", cost=4.0 if number % 2 else 1.0)
+    await settle()
+    order = await one_by_one(busy, 0, 15)
+    assert sum(number % 2 for number in order) == 3
+    for task in busy.tasks.values():
+        task.cancel()
+
+
+async def test_project_that_always_has_just_one_waiting_does_not_get_every_turn(busy: Crowd) -> None:
+    for number in range(1, 11):
+        busy.come(number, project="patient")
+    busy.come(100, project="eager")
+    await settle()
+    served, leaving = [], 0
+    for again in range(101, 115):
+        before = len(busy.entered)
+        busy.leave(leaving)
+        await settle()
+        (leaving,) = busy.entered[before:]
+        served.append(leaving)
+        if leaving >= 100:
+            busy.come(again, project="eager")
+            await settle()
+    assert 6 <= sum(number < 100 for number in served) <= 8
+    for task in busy.tasks.values():
+        task.cancel()
+
+
+async def test_full_queue_sheds_the_newest_of_the_lowest_priority_for_a_higher_one() -> None:
+    crowd = Crowd(Admission(limit=1, queue_limit=3))
+    for number, priority in enumerate((0, 2, 2, 1)):
+        crowd.come(number, Priority(priority), project="p")
+    await settle()
+    crowd.come(4, Priority.INTERACTIVE)
+    await settle()
+    assert crowd.refused == [2]
+    crowd.come(5, Priority.BATCH)
+    await settle()
+    assert crowd.refused == [2, 5], "as low as the lowest: nobody makes room for it"
+    crowd.admission.check(Priority.STANDARD)
+    with pytest.raises(Overloaded):
+        crowd.admission.check(Priority.BATCH)
+    crowd.come(6, Priority.STANDARD, "p")
+    crowd.come(7, Priority.INTERACTIVE)
+    await settle()
+    assert crowd.refused == [2, 5, 1, 6]
+    assert crowd.admission.waiting == 3
+    for task in crowd.tasks.values():
+        task.cancel()
+    await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
+    assert (crowd.admission.running, crowd.admission.waiting) == (0, 0)
+
+
+async def test_projects_that_come_and_go_leave_little_behind(busy: Crowd) -> None:
+    for number in range(1, REMEMBERED * 2):
+        busy.come(number, project=f"p{number}").cancel()
+        if number % 50 == 0:
+            await settle()
+        busy.tasks[number].cancel()
+    await settle()
+    assert busy.admission.waiting == 0
+    assert all(len(queue._gone) <= REMEMBERED for queue in busy.admission._classes.values())
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_nobody_is_lost_or_starved_in_any_priority_or_project(seed: int) -> None:
+    rng = random.Random(seed)
+    limit, queue_limit = rng.randint(1, 4), rng.randint(0, 12)
+    crowd = Crowd(Admission(limit=limit, queue_limit=queue_limit))
+    for number in range(200):
+        crowd.come(number, Priority(rng.randint(0, 2)), f"p{rng.randint(0, 3)}", cost=rng.choice((1.0, 5.0, 64.0)))
+        for _ in range(rng.randint(0, 3)):
+            other = rng.randint(0, number)
+            if rng.random() < 0.6:
+                crowd.leave(other)
+            else:
+                crowd.tasks[other].cancel()
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)
+        if rng.random() < 0.5:
+            await asyncio.sleep(0)
+        assert crowd.admission.running <= limit
+        assert crowd.admission.waiting <= queue_limit
+        assert crowd.admission.waiting == sum(queue.waiting for queue in crowd.admission._classes.values())
     for number in range(200):
         crowd.leave(number)
     results = await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
