@@ -66,6 +66,8 @@ class Collector:
         self.full = False
         for record in known:
             self._note(record)
+        self.knows_some = bool(self._newest)
+        """Whether first replies need not bring records: what is new will be fetched by its difference."""
 
     @property
     def busy(self) -> bool:

@@ -53,9 +53,9 @@ class DirectoryConfig:
     """From so many nodes on, records that say nothing new are refreshed at 0.4 of their life, and views read less often."""
     probe_interval_s: float = 4.0
     """One contact that has been silent longest is probed this often."""
-    refresh_bucket_s: float = 60.0
+    refresh_bucket_s: float = 600.0
     """A bucket nobody touched for so long is looked up."""
-    walk_interval_s: float = 60.0
+    walk_interval_s: float = 120.0
     """Holders of a published key are searched anew this often even if all answer (joined nodes may be nearer)."""
     subnet_limit: int = 16
     """Table entries from one /24 (IPv4) or /56 (IPv6) of public addresses; loopback and private ranges are free."""

@@ -2,9 +2,10 @@
 
 * Sliding: each path keeps `alpha` requests in flight; one that is late by its peer's own standard no longer counts, so a dead
   node costs one usual round trip and no round waits for its slowest.
-* Disjoint: a node is asked by one path, and a path knows only what its own nodes told it. A liar spoils one path.
+* Disjoint: a node is asked by one path, and a path knows only what its own nodes told it. A liar spoils one path. When all
+  paths have arrived, the nearest nodes that any of them heard of are asked.
 * What a path learns from a peer whose other hints proved worthless goes to the end of the queue.
-* Done when on every path the nearest `width` nodes not known dead have answered; or at the deadline, with what there is.
+* Done when the nearest `width` nodes not known dead have answered; or at the deadline, with what there is.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ class Outcome:
 class _Path:
     """What one path has been told of, nearest first, and by whom."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, width: int, alpha: int) -> None:
         self.number = number
+        self.width = width
+        self.alpha = alpha
         self.tellers: dict[bytes, bytes] = {}
         self.in_flight = 0
         self._order: list[int] = []
@@ -120,6 +123,7 @@ class Crawl:
         self._width = width or config.read_width
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []
+        self._last = _Path(0, 0, 0)
         self._worthless: dict[bytes, int] = {}
         self._began = clock.monotonic()
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
@@ -129,9 +133,11 @@ class Crawl:
         """Look up, beginning at ``seeds``, for at most ``timeout_s``."""
         seeds = sorted(seeds, key=self._distance)
         count = max(1, min(self._config.paths, len(seeds)))
-        self._paths = [_Path(number) for number in range(count)]
+        self._paths = [_Path(number, -(-self._width // count) + 1, self._config.alpha) for number in range(count)]
+        self._last = _Path(count, self._width, self._config.alpha * count)
         for at, contact in enumerate(seeds):
             self._paths[at % count].add(contact, self._distance(contact), b"")
+            self._last.add(contact, self._distance(contact), b"")
         deadline = asyncio.get_running_loop().call_later(timeout_s, self._finish, False)
         self._pump()
         try:
@@ -175,6 +181,7 @@ class Crawl:
         waiting = False
         for path in self._paths:
             waiting = self._pump_path(path) or waiting
+        waiting = waiting or self._pump_path(self._last)
         busy = self._collector is not None and self._collector.busy
         if not waiting and not busy and not self._wants_latecomers():
             self._finish(True)
@@ -190,7 +197,7 @@ class Crawl:
         for contact in self._frontier(path):
             hop = self._hops.get(contact.id)
             if hop is None:
-                if path.in_flight >= self._config.alpha:
+                if path.in_flight >= path.alpha:
                     return True
                 self._ask(contact, path)
                 waiting = True
@@ -210,7 +217,7 @@ class Crawl:
             elif self._worthless.get(path.tellers[contact.id], 0) >= _WORTHLESS_AFTER or self._memory.shunned(contact.id, now):
                 continue
             found.append(contact)
-            if len(found) == self._width:
+            if len(found) == path.width:
                 break
         return found
 
@@ -218,9 +225,10 @@ class Crawl:
         hop = self._hops[contact.id] = Hop(contact=contact, path=path.number, asked_s=self._clock.monotonic() - self._began)
         path.in_flight += 1
         if self._collector is None:
-            op, body = Op.FIND_NODE, msgpack.packb([self._key])
+            op, body = Op.FIND_NODE, msgpack.packb([self._key, max(self._width, self._config.read_width)])
         else:
-            op, body = Op.FIND_VALUE, msgpack.packb([self._key, b"", True, b"", _FIRST_PARTS])
+            parts = 0 if self._collector.knows_some else _FIRST_PARTS
+            op, body = Op.FIND_VALUE, msgpack.packb([self._key, b"", True, b"", parts])
         future = self._protocol.request(contact.address, op, body, node_id=contact.id)
         patience_s = self._memory.patience_s(contact.id)
         self._timers[contact.id] = asyncio.get_running_loop().call_later(patience_s, self._late, hop, path)
@@ -268,3 +276,4 @@ class Crawl:
         for contact in parse_contacts(data, limit=self._config.k):
             if contact.id != self._protocol.own_id:
                 path.add(contact, self._distance(contact), teller.id)
+                self._last.add(contact, self._distance(contact), teller.id)

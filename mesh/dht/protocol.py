@@ -7,7 +7,7 @@ Bodies are msgpack lists:
 request     body                                                reply
 =========== =================================================== ==========================================================
 PING        []                                                  []
-FIND_NODE   [target]                                            [contacts]
+FIND_NODE   [target, how many]                                  [contacts]
 FIND_VALUE  [key, rank after which to go on, contacts wanted,   [contacts, records held, full, more, [records], fingerprint],
             tags of the records in hand, parts wanted]          in parts
 STORE       [[keys], remaining ms, base, record or patch]       [[verdicts], [nodes known nearer to each key than this one]]
@@ -142,8 +142,10 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         return [[]]
 
     def rpc_find_node(self, request: Request) -> list[list[Any]]:
-        (target,) = _fields(request, 1)
-        return [[self._contacts(request, _key(target), self.config.k, request.room - 8)]]
+        target, count = _fields(request, 2)
+        if type(count) is not int or count < 1:
+            raise MalformedEnvelope("bad count")
+        return [[self._contacts(request, _key(target), min(count, self.config.k), request.room - 8)]]
 
     def rpc_find_value(self, request: Request) -> list[list[Any]]:
         key, after, contacts_wanted, have, parts_wanted = _fields(request, 5)
@@ -152,12 +154,12 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         now = self.clock.monotonic()
         room = request.room - _RECORDS_FRAME_BYTES
         contacts = self._contacts(request, _key(key), _CONTACTS_WITH_RECORDS, room) if contacts_wanted else b""
-        most = min(request.parts, parts_wanted) if parts_wanted > 0 else request.parts
+        most = request.parts if not contacts_wanted else min(request.parts, max(0, parts_wanted))
         known = parse_tags(have)
-        if parts_wanted > 0 and self.storage.count(key) > _FEW_RECORDS:
-            most = 1
+        if contacts_wanted and self.storage.count(key) > _FEW_RECORDS:
+            most = min(most, 1)
         parts: list[list[bytes]] = [[]]
-        left, more, tags = room - len(contacts), False, []
+        left, more, tags = room - len(contacts) if most else 0, False, []
         for held in self.storage.live(key, now, after=after):
             tags.append(held.tag)
             if more or covered(held.tag, known):
@@ -165,7 +167,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
             item = encode_found(held, known, now)
             size = len(item) + 3
             if size > left:
-                if len(parts) == most or size > room:
+                if len(parts) >= most or size > room:
                     more = True
                     continue
                 parts.append([])

@@ -472,6 +472,15 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
         pending.replier = session.node_id
         if len(pending.parts) >= parsed.parts:
             self._finish(pending, self._reply(pending, complete=True))
+        else:
+            self._await_next_part(pending)
+
+    def _await_next_part(self, pending: _Pending) -> None:
+        """The parts of a reply come close together: a gap means that some are lost, and those that came are worth having now."""
+        for timer in pending.timers:
+            timer.cancel()
+        gap_s = max(self.config.min_timeout_s, self.memory.patience_s(pending.replier) / 2)
+        pending.timers = [asyncio.get_running_loop().call_later(gap_s, self._timed_out, pending)]
 
     def _heard_from(self, session: Session, parsed: _Parsed, pending: _Pending, address: Address) -> None:
         now = self.clock.monotonic()
