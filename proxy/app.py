@@ -24,6 +24,7 @@ from mesh.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NoWorker,
+    Overloaded,
     Rerouted,
     RouteNotFound,
 )
@@ -207,7 +208,8 @@ class App:
             raise ConnectionResetError
         downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
         plan = self._router.plan(call, key.project, request.headers.get)
-        failed, last = 0, None
+        failed = refused = 0
+        last: MeshError | None = None
         while True:
             choice = self._router.choose(plan, request_id)
             if choice is None:
@@ -226,7 +228,8 @@ class App:
                     log.warning("request.broken_off", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code)
                     downstream.break_off(error)
                     raise _BrokenOff(error, downstream.response()) from error
-                if not self._retry.again(error, failed=failed, started=False):
+                refused += isinstance(error, Overloaded)
+                if not self._retry.again(error, failed=failed, refused=refused, started=False):
                     raise
                 log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)
                 self._metrics.retries(error.code).inc()

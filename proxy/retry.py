@@ -13,16 +13,20 @@ from mesh.errors import MeshError, Overloaded, UpstreamTimeout, WorkerError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """``failures`` attempts may fail before the client is told; being turned away by a full worker does not count as one."""
+    """``failures`` attempts may fail before the client is told; being turned away by a full worker does not count as one.
+
+    After ``refusals`` full workers the mesh counts as full: asking hundreds more would only add to the load.
+    """
 
     failures: int = 3
+    refusals: int = 8
 
-    def again(self, error: MeshError, *, failed: int, started: bool) -> bool:
-        """Whether to try elsewhere after ``error``, ``failed`` counting it."""
+    def again(self, error: MeshError, *, failed: int, refused: int = 0, started: bool) -> bool:
+        """Whether to try elsewhere after ``error``; ``failed`` and ``refused`` count it."""
         if started:
             return False
         if isinstance(error, Overloaded):
-            return True
+            return refused < self.refusals
         if isinstance(error, UpstreamTimeout):
             return False  # the client has waited long enough
         return isinstance(error, WorkerError) and failed < self.failures

@@ -56,3 +56,8 @@ def test_timeout_is_not_tried_again_but_held_against_the_worker() -> None:
 def test_no_worker_is_final() -> None:
     assert not POLICY.again(NoWorker("x"), failed=0, started=False)
     assert not RetryPolicy(failures=1).again(WorkerLost("x"), failed=1, started=False)
+
+
+def test_a_mesh_full_of_full_workers_is_not_asked_to_the_last() -> None:
+    asked = [POLICY.again(Overloaded("full"), failed=0, refused=refused, started=False) for refused in range(1, 12)]
+    assert asked == [True] * 7 + [False] * 4
