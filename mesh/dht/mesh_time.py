@@ -45,6 +45,10 @@ class MeshTime:
     def is_fresh(self, stamp: int) -> bool:
         return abs(self.shift(stamp) - self.offset_s) <= MAX_SHIFT_S
 
+    def offsets(self) -> dict[bytes, float]:
+        """By node id, how many seconds each peer's clock was ahead of ours when it last answered."""
+        return dict(self._offsets)
+
     def observe(self, node_id: bytes, stamp: int, rtt_s: float) -> None:
         """A reply showed the peer's clock half a round trip ago."""
         self._offsets[node_id] = self.shift(stamp) + rtt_s / 2

@@ -149,6 +149,22 @@ class DhtNode:
         self.protocol.sealer.set_keys(self.identity.credentials.network_keys)
         self.sessions.renew()
 
+    # what a person may want to know
+
+    @property
+    def bootstraps(self) -> list[tuple[str, int]]:
+        """The bootstrap nodes we were told of: name or address, and port."""
+        return list(self._bootstraps)
+
+    def is_own(self, address: Address) -> bool:
+        """Whether a datagram to ``address`` has come back to us."""
+        return address in self._own_addresses
+
+    def lost(self) -> list[tuple[Contact, float]]:
+        """Peers that fell out of the table and have not come back, and how many seconds ago."""
+        now = self.clock.monotonic()
+        return [(self._remembered[node_id], now - at) for node_id, at in self._lost.items() if node_id in self._remembered]
+
     # looking up and storing
 
     @property
