@@ -70,7 +70,7 @@ class Prefill:
     """``tell`` sends a link the newest LOAD; set by `worker.announce`."""
 
     def __init__(self, clock: Clock, *, held: HeldPrefixes | None = None) -> None:
-        self.held = held or HeldPrefixes()
+        self.held = HeldPrefixes() if held is None else held
         self.backlog = Backlog()
         self.rerouted = 0
         self.tell: Callable[[Any], None] | None = None

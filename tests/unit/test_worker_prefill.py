@@ -138,3 +138,8 @@ def test_prompt_whose_beginning_is_still_being_computed_says_nothing_about_the_r
     for work in (second, third):
         prefill.leave(work, None)
     assert not prefill._computing
+
+
+def test_room_that_it_is_given_is_the_room_it_uses() -> None:
+    held = HeldPrefixes(capacity_tokens=7)
+    assert Prefill(StoppedClock(0.0), held=held).held is held
