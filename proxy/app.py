@@ -30,6 +30,7 @@ from mesh.errors import (
 )
 from proxy.config import ProxyConfig
 from proxy.downstream import Downstream
+from proxy.explain import Explainer
 from proxy.fleet import Fleet, Worker
 from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
@@ -56,6 +57,7 @@ class App:
         gate: Gate,
         fleet: Fleet,
         views: Views,
+        explainer: Explainer,
         metrics: Metrics,
         rng: random.Random,
     ) -> None:
@@ -63,6 +65,7 @@ class App:
         self._gate = gate
         self._fleet = fleet
         self._views = views
+        self._explainer = explainer
         self._metrics = metrics
         self._rng = rng
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
@@ -80,6 +83,9 @@ class App:
             "/v1/models": {"GET": self._models},
             "/mesh/v1/status": {"GET": self._status},
             "/mesh/v1/workers": {"GET": self._workers},
+            "/mesh/v1/peers": {"GET": self._peers},
+            "/mesh/v1/lookup": {"GET": self._lookup},
+            "/mesh/v1/doctor": {"GET": self._doctor},
             **{path: {"POST": self._infer} for path in TASKS},
         }
 
@@ -166,6 +172,20 @@ class App:
     async def _workers(self, request: web.BaseRequest, request_id: str) -> web.Response:
         self._gate.require(self._authenticate(request), KeyRole.VIEWER)
         return web.json_response({"workers": self._views.workers()}, headers={"x-request-id": request_id})
+
+    async def _peers(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
+        return web.json_response(self._explainer.peers(), headers={"x-request-id": request_id})
+
+    async def _lookup(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
+        asked = request.query
+        answer = await self._explainer.lookup(model=asked.get("model"), role=asked.get("role"))
+        return web.json_response(answer, headers={"x-request-id": request_id})
+
+    async def _doctor(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
+        return web.json_response(await self._explainer.doctor(), headers={"x-request-id": request_id})
 
     # -- inference
 

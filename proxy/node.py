@@ -19,6 +19,7 @@ from mesh.runtime import announce
 from mesh.trust import Role
 from proxy.app import App
 from proxy.config import ProxyConfig
+from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.metrics import Metrics
@@ -62,9 +63,10 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         rng=rng,
     )
     views = Views(fleet, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
+    explainer = Explainer(fleet, directory, views, identity=identity, clock=clock)
     metrics = Metrics(fleet, directory=directory.stats)
     gate = Gate(identity.trust, clock=clock, region=config.region)
-    app = App(config, gate=gate, fleet=fleet, views=views, metrics=metrics, rng=rng)
+    app = App(config, gate=gate, fleet=fleet, views=views, explainer=explainer, metrics=metrics, rng=rng)
     server = HttpServer(app, config)
     await directory.start(config.host, config.dht_port)
     try:

@@ -24,14 +24,14 @@ class Views:
 
     def ready_models(self) -> set[str]:
         """The models that can be asked for now: those of linked ready workers and of live ready records in the directory."""
-        return self._fleet.models() | _names(record for record in self._records(Role.WORKER) if record.state == State.READY)
+        return self._fleet.models() | _names(record for record in self.records(Role.WORKER) if record.state == State.READY)
 
     def knows(self, model: str) -> bool:
         """Whether any live worker, ready or not, names this model."""
-        return model in _names(self._records(Role.WORKER))
+        return model in _names(self.records(Role.WORKER))
 
     def workers(self) -> list[dict[str, Any]]:
-        return [self._worker(record) for record in self._records(Role.WORKER)]
+        return [self._worker(record) for record in self.records(Role.WORKER)]
 
     def status(self, *, in_flight: int, draining: bool) -> dict[str, Any]:
         return {
@@ -42,13 +42,13 @@ class Views:
                 "draining": draining,
                 "models": sorted(self._fleet.models()),
             },
-            "proxies": [_node(record) for record in newest([*self._records(Role.PROXY), self._own()], now=self._clock.wall()).values()],
-            "bootstraps": [_node(record) for record in self._records(Role.BOOTSTRAP)],
+            "proxies": [_node(record) for record in newest([*self.records(Role.PROXY), self._own()], now=self._clock.wall()).values()],
+            "bootstraps": [_node(record) for record in self.records(Role.BOOTSTRAP)],
             "workers": self.workers(),
             "directory": self._directory.stats(),
         }
 
-    def _records(self, role: Role) -> list[Record]:
+    def records(self, role: Role) -> list[Record]:
         """The newest live record of every node of a role; a broken link ends a worker's listing sooner than its record does."""
         linked = [worker.record for worker in self._fleet.workers.values() if role == Role.WORKER]
         found = newest([*linked, *self._directory.known(role)], now=self._clock.wall())

@@ -106,11 +106,11 @@ def chat(
 @json_option
 def models(url: str | None, api_key: str | None, home: Path, as_json: bool) -> None:
     """List the models this key may use."""
-    answer = _get(resolve(home, url=url, api_key=api_key, environ=os.environ), "/v1/models")
+    answer = get(resolve(home, url=url, api_key=api_key, environ=os.environ), "/v1/models")
     if as_json:
         print_json(answer)
         return
-    listed = _objects(answer, "data")
+    listed = objects(answer, "data")
     if not listed:
         note("no model is ready; `mesh workers` shows what the workers are doing")
     print_table(("model",), ((entry.get("id"),) for entry in listed))
@@ -121,11 +121,11 @@ def models(url: str | None, api_key: str | None, home: Path, as_json: bool) -> N
 @json_option
 def workers(url: str | None, api_key: str | None, home: Path, as_json: bool) -> None:
     """List the workers a proxy knows: state, models, load. Needs a key with the role viewer."""
-    answer = _get(resolve(home, url=url, api_key=api_key, environ=os.environ), "/mesh/v1/workers")
+    answer = get(resolve(home, url=url, api_key=api_key, environ=os.environ), "/mesh/v1/workers")
     if as_json:
         print_json(answer)
     else:
-        _show_workers(_objects(answer, "workers"))
+        _show_workers(objects(answer, "workers"))
 
 
 @click.command(cls=MeshCommand, epilog="Example: mesh status")
@@ -133,21 +133,21 @@ def workers(url: str | None, api_key: str | None, home: Path, as_json: bool) -> 
 @json_option
 def status(url: str | None, api_key: str | None, home: Path, as_json: bool) -> None:
     """Show the mesh as one proxy sees it. Needs a key with the role viewer."""
-    answer = _get(resolve(home, url=url, api_key=api_key, environ=os.environ), "/mesh/v1/status")
+    answer = get(resolve(home, url=url, api_key=api_key, environ=os.environ), "/mesh/v1/status")
     if as_json:
         print_json(answer)
         return
     for name in ("mesh", "proxy", "directory"):
         value = answer.get(name)
         if isinstance(value, dict):
-            rows = [(key, _cell(item)) for key, item in value.items() if item not in (None, "", [], {})]
+            rows = [(key, cell(item)) for key, item in value.items() if item not in (None, "", [], {})]
             print_table((name, ""), rows)
         elif value:
             print_table((name, ""), [("name", value)])
     for kind, columns in (("proxies", ("name", "api", "state", "version")), ("bootstraps", ("name", "address", "state", "version"))):
-        if listed := _objects(answer, kind):
-            print_table((kind, *columns[1:]), ([_cell(item.get(name))[:64] for name in columns] for item in listed))
-    _show_workers(_objects(answer, "workers"))
+        if listed := objects(answer, kind):
+            print_table((kind, *columns[1:]), ([cell(item.get(name))[:64] for name in columns] for item in listed))
+    _show_workers(objects(answer, "workers"))
 
 
 async def _turn(settings: ClientSettings, body: dict[str, Any], streaming: bool, as_json: bool) -> str:
@@ -207,7 +207,7 @@ async def _choose_model(settings: ClientSettings, model: str | None) -> str:
     if model:
         return model
     async with Client(settings) as client:
-        names = [str(entry.get("id")) for entry in _objects(await client.get("/v1/models"), "data")]
+        names = [str(entry.get("id")) for entry in objects(await client.get("/v1/models"), "data")]
     if len(names) == 1:
         return names[0]
     if not names:
@@ -224,7 +224,7 @@ def _show_workers(listed: list[dict[str, Any]]) -> None:
         (
             item.get("name") or str(item.get("id", ""))[:12],
             item.get("state"),
-            _cell(item.get("models")),
+            cell(item.get("models")),
             item.get("address") or "outbound",
             item.get("engine"),
             item.get("region"),
@@ -241,20 +241,20 @@ def _show_workers(listed: list[dict[str, Any]]) -> None:
     print_table([columns[index] for index in used], [[row[index] for index in used] for row in rows])
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_cell(item) for item in value)
+        return ", ".join(cell(item) for item in value)
     if isinstance(value, dict):
         return str(value.get("name") or value.get("id") or " ".join(f"{key}={item}" for key, item in value.items()))
     return "" if value is None else str(value)
 
 
-def _objects(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def objects(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
     value = answer.get(name)
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _get(settings: ClientSettings, path: str) -> dict[str, Any]:
+def get(settings: ClientSettings, path: str) -> dict[str, Any]:
     async def call() -> dict[str, Any]:
         async with Client(settings) as client:
             return await client.get(path)

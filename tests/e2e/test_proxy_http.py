@@ -307,7 +307,15 @@ async def test_without_a_good_key_nothing_else_is_looked_at(front: Front, key: s
 
 
 async def test_every_route_but_health_wants_a_key(front: Front) -> None:
-    for path in ("/v1/models", "/v1/models/m", "/mesh/v1/status", "/mesh/v1/workers"):
+    for path in (
+        "/v1/models",
+        "/v1/models/m",
+        "/mesh/v1/status",
+        "/mesh/v1/workers",
+        "/mesh/v1/peers",
+        "/mesh/v1/lookup",
+        "/mesh/v1/doctor",
+    ):
         assert_openai_error(await get(front, path), 401, "invalid_api_key")
     for path in ("/v1/completions", "/v1/embeddings", "/v1/responses"):
         assert_openai_error(await ask(front, path, b"{}", key=None), 401, "invalid_api_key")

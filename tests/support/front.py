@@ -24,6 +24,7 @@ from mesh.records import Capability, ModelEntry, Record, State
 from mesh.trust import Role
 from proxy.app import App
 from proxy.config import ProxyConfig
+from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.metrics import Metrics
@@ -149,11 +150,14 @@ class Front:
         directory = cast(Directory, self.directory)
         self.metrics = Metrics(self.fleet, directory=directory.stats)
         self.config = ProxyConfig(home=folder, host="127.0.0.1", port=0, **settings)
+        views = Views(self.fleet, directory, own=lambda: own, mesh="test", clock=self.clock)
+        identity = mesh.identity(Role.PROXY, now=self.clock.wall())
         self.app = App(
             self.config,
             gate=Gate(mesh.trust(), clock=self.clock),
             fleet=self.fleet,
-            views=Views(self.fleet, directory, own=lambda: own, mesh="test", clock=self.clock),
+            views=views,
+            explainer=Explainer(self.fleet, directory, views, identity=identity, clock=self.clock),
             metrics=self.metrics,
             rng=random.Random(1),
         )
