@@ -30,7 +30,9 @@ __all__ = ["Directory", "DirectoryConfig", "PeerInfo"]
 
 log = structlog.get_logger(__name__)
 
-_SWEEP_SHARE = 0.4
+_SWEEP_SHARE = 0.3
+"""A large view is read so often in a record's life: with a refresh at half of it, a fifth remains for the reading itself."""
+_SWEEP_PATIENCE = 3
 _LEVELS = 3
 """An index that has overflowed may take so many look-ups one after the other."""
 
@@ -219,16 +221,19 @@ class Directory:
     async def _find_index(self, kind: str, name: str) -> list[Record]:
         return self._merge(record for read in await self._read_index(kind, name) for record in read.records)
 
-    async def _read_index(self, kind: str, name: str, *, known: dict[bytes, list[Record]] | None = None) -> list[_Read]:
+    async def _read_index(
+        self, kind: str, name: str, *, known: dict[bytes, list[Record]] | None = None, patience: float = 1.0
+    ) -> list[_Read]:
         """``known`` has, by key, records of an earlier reading; what is not newer is not fetched again.
 
         Read a key and, where it has overflowed, its sub-keys: those known from the last time at once, new ones as they show."""
         index = (kind, name)
-        deadline = self._clock.monotonic() + _LEVELS * self._config.lookup_timeout_s
+        look_up_s = patience * self._config.lookup_timeout_s
+        deadline = self._clock.monotonic() + _LEVELS * look_up_s
         reads: dict[int, _Read] = {}
         wave = [0, *self._shards.get(index, {})]
         while wave and (left_s := deadline - self._clock.monotonic()) > 0:
-            timeout_s = min(left_s, self._config.lookup_timeout_s)
+            timeout_s = min(left_s, look_up_s)
             keys = [directory_key(kind, name, shard) for shard in wave]
             done = await asyncio.gather(*(self._read(key, timeout_s, (known or {}).get(key, [])) for key in keys))
             reads |= zip(wave, done, strict=True)
@@ -252,7 +257,7 @@ class Directory:
             return record
 
         outcome = await self.node.crawl(key, accept=accept, timeout_s=timeout_s, known=known)
-        self.node.counts.add("lookup_ms", round(outcome.elapsed_s * 1000))
+        self.node.counts.lookups.observe(outcome.elapsed_s)
         now = self._clock.monotonic()
         own = [self.node.local(held) for held in self.node.store.live(key, now)]
         full = outcome.full or self.node.store.is_full(key, now)
@@ -263,7 +268,7 @@ class Directory:
 
     async def _sweep(self, sweep: _Sweep) -> float:
         """Keep the view of a role: read all of it, renew the watch, wait. A large view is read a few times in a record's life."""
-        reads = await self._read_index("role", str(sweep.role), known=sweep.known)
+        reads = await self._read_index("role", str(sweep.role), known=sweep.known, patience=_SWEEP_PATIENCE)
         for read in reads:
             for record in self._merge(read.records):
                 self.observe(record)

@@ -17,7 +17,7 @@ from mesh.claims import CLOCK_SKEW_S
 CLOCK_WARN_S = 5.0
 LOST_WITHIN_S = 300.0
 """A peer that went away longer ago is no news."""
-STALE_SHARE = 1 / 3
+STALE_SHARE = 0.4
 """Of a record's life left: an owner refreshes at a quarter of it, so two refreshes have been missed."""
 STALE_SHARE_LARGE = 1 / 8
 """In a large mesh records are refreshed, and views read, less often: see `DirectoryConfig.large_mesh`."""

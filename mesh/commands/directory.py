@@ -145,14 +145,15 @@ def _show_lookup(answer: dict[str, Any]) -> None:
 
 def _show_findings(findings: list[dict[str, Any]]) -> None:
     """What needs somebody first, each with what to do; then a line for each thing that is well."""
+    rows: list[tuple[str, str]] = []
     for item in findings:
-        mark = _MARKS.get(str(item.get("severity")), cell(item.get("severity")))
-        print_table(("", ""), [(f"{mark:4}", cell(item.get("what")))])
-        trouble = item.get("severity") != "ok"
-        rows = [("    ", cell(item.get("detail")))] if item.get("detail") else []
-        rows += [("    ", f"→ {cell(item.get('advice'))}")] if trouble and item.get("advice") else []
-        if rows:
-            print_table(("", ""), rows)
+        severity = str(item.get("severity"))
+        rows.append((_MARKS.get(severity, severity), cell(item.get("what"))))
+        if item.get("detail"):
+            rows.append(("", cell(item.get("detail"))))
+        if item.get("advice") and severity != "ok":
+            rows.append(("", f"→ {cell(item.get('advice'))}"))
+    print_table(("", ""), rows)
 
 
 def _name(item: dict[str, Any]) -> object:
