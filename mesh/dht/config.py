@@ -50,7 +50,7 @@ class DirectoryConfig:
     introductions_per_s: float = 1_500.0
     """New introductions verified per second (200 µs each), from everybody together."""
     large_mesh: int = 500
-    """From so many nodes on, records that say nothing new are refreshed at 0.4 of their life, and views read less often."""
+    """From so many nodes on, records that say nothing new are refreshed at half of their life, and views read less often."""
     probe_interval_s: float = 4.0
     """One contact that has been silent longest is probed this often."""
     refresh_bucket_s: float = 600.0

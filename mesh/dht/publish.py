@@ -28,7 +28,7 @@ from mesh.records import Record, directory_key
 
 _KEYS_PER_STORE = 2
 _MAX_GIVEN = 256
-_REFRESH_SHARE = 0.4
+_REFRESH_SHARE = 0.5
 _TRY_UP_S = 300.0
 _GOOD = (Verdict.ACCEPTED, Verdict.WITHDRAWN)
 
@@ -88,6 +88,7 @@ class Publisher:
         self._record: Record | None = None
         self._given: OrderedDict[bytes, bytes] = OrderedDict()
         self._sent_at = float("-inf")
+        self._called_at = float("-inf")
         self._accepted = 0
         self.unhurried = False
         """Whether a record that says nothing new may wait until a good part of its life has passed: set in a large mesh."""
@@ -120,7 +121,9 @@ class Publisher:
     async def publish(self, record: Record) -> int:
         """Store a signed record; returns how many holders have accepted it under each of its keys (the least of them)."""
         former, self._record = self._record, record
-        if former is not None and not is_material(former, record) and self._may_wait(record):
+        now = self._clock.monotonic()
+        pause_s, self._called_at = now - self._called_at, now
+        if former is not None and not is_material(former, record) and self._may_wait(record, pause_s):
             return self._accepted
         if former is None or is_material(former, record):
             for place in self._places.values():
@@ -129,9 +132,10 @@ class Publisher:
         self._accepted = await self._publish(record)
         return self._accepted
 
-    def _may_wait(self, record: Record) -> bool:
-        life_s = record.expires - record.issued
-        return self.unhurried and self._clock.monotonic() - self._sent_at < _REFRESH_SHARE * life_s
+    def _may_wait(self, record: Record, pause_s: float) -> bool:
+        """In a large mesh, while the next refresh will still come before half the life of the last is over."""
+        elapsed_s = self._clock.monotonic() - self._sent_at
+        return self.unhurried and elapsed_s + pause_s <= _REFRESH_SHARE * (record.expires - record.issued)
 
     async def _publish(self, record: Record) -> int:
         wanted = {pair: self._indexes.setdefault(pair, _Index(*pair)) for pair in indexes(record)}

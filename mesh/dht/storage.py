@@ -29,6 +29,7 @@ from mesh.records import MAX_LIFETIME_S, Record
 TAG_BYTES = 5
 _OVERHANG = 1.5
 _FORMERS = 2
+_EARLIER_S = 0.5
 
 
 class Verdict(IntEnum):
@@ -300,7 +301,9 @@ def covered(tag: bytes, tags: Mapping[bytes, int]) -> bool:
 
 
 def is_material(former: Record, record: Record) -> bool:
-    """Whether a newer record says anything but "still here": what watchers are told at once."""
+    """Whether a newer record says anything but "still here": what watchers are told at once. An early end is news too."""
+    if record.expires + _EARLIER_S < former.expires:
+        return True
     return (former.state, former.boot, former.models, former.addresses, former.capability, former.api) != (
         record.state,
         record.boot,

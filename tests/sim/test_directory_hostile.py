@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import msgpack
 import pytest
 
 from mesh.dht.protocol import EMPTY, Op
+from mesh.dht.rpc import COOKIE, INTRO, MAC, RESET
+from mesh.dht.session import mac
 from mesh.dht.storage import Verdict
 from mesh.records import Record, model_key, role_key, seal_record
 from mesh.trust import Role
@@ -175,6 +178,9 @@ async def storm(swarm: Swarm, *, each: int) -> None:
             body = msgpack.packb([[role_key(Role.WORKER)], 20_000, b"", make()])
             reply = await protocol.request(address.address, Op.STORE, body, node_id=victim.node_id)
             verdicts[f"{name}: {Verdict(reply.bodies[0][0][0]).name if reply is not None else 'no answer'}"] += 1
+    newer = owner.record()
+    before[owner.node_id] = newer.order
+    assert await owner.running.publish(newer) >= 2
     for _ in range(each):
         body = msgpack.packb([[model_key("another")], 20_000, b"", newer.signed])
         reply = await protocol.request(address.address, Op.STORE, body, node_id=victim.node_id)
@@ -225,3 +231,39 @@ def test_a_flooding_member_is_held_to_its_rate_and_its_share() -> None:
         assert len(victim.running.node.store) <= swarm.config.max_stores_per_peer + 1
 
     simulate(scenario, seed=38, config=with_config(max_stores_per_peer=60))
+
+
+def test_members_that_send_nonsense_cost_nothing_but_a_count() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.bootstrap(1)
+        victim, attacker = await swarm.grow(Role.WORKER, 2)
+        await asyncio.sleep(1.0)
+        node, rng = attacker.running.node, swarm.rng
+        contact = node.table.get(victim.node_id)
+        session = node.sessions.by_node(victim.node_id)
+        assert contact is not None
+        assert session is not None
+
+        def anything(depth: int = 0) -> Any:
+            kinds: list[Any] = [None, True, -1, 2**63, 1.5, "text", rng.randbytes(rng.randrange(40)), bytes(32), role_key(Role.WORKER)]
+            if depth < 3:
+                kinds += [[anything(depth + 1) for _ in range(rng.randrange(6))], {"a": 1}]
+            return rng.choice(kinds)
+
+        clock = attacker.clock
+        for at in range(3_000):
+            kind = rng.choice(list(Op)) if at % 3 else rng.randrange(256)
+            body = rng.randbytes(rng.randrange(60)) if at % 5 == 0 else msgpack.packb([anything() for _ in range(rng.randrange(7))])
+            flags = rng.choice([MAC, MAC, MAC | COOKIE, INTRO, 0, RESET, 255])
+            header = node.protocol.sealer.header(node.protocol.sealer.next_counter(), clock.wall())
+            plain = bytes((int(kind), flags)) + node.time.stamp().to_bytes(4) + body
+            sealed = node.protocol.sealer.seal(header, plain + mac(session.key, header, plain), clock.wall())
+            node.protocol.transport.sendto(sealed[:1_200], contact.address)
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(1.0)
+        stats = victim.running.stats()
+        assert stats["refused_malformed_envelope"] > 500
+        assert len(victim.running.node.store) == 0
+        assert await attacker.publish() >= 1
+
+    simulate(scenario, seed=39)
