@@ -6,22 +6,31 @@ The request path adds to counters and histograms; gauges are read off the fleet 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mesh.dht.counts import Durations
 from proxy.choose import REASONS
+from proxy.directory_metrics import DirectoryCollector
 from proxy.fleet import Fleet, Worker
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class Metrics:
-    """The proxy's metrics, each proxy process with a registry of its own."""
+    """The proxy's metrics, each proxy process with a registry of its own. What the last three give: see `DirectoryCollector`."""
 
-    def __init__(self, fleet: Fleet, *, directory: Callable[[], dict[str, int | float]]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        directory: Callable[[], Mapping[str, int | float]],
+        lookups: Durations | None = None,
+        record_ages: Callable[[], Mapping[str, Sequence[float]]] = dict,
+    ) -> None:
         self.registry = CollectorRegistry()
         requests = self._counter("infermesh_requests", "Requests answered, by model, route and outcome.", "model", "task", "code")
         tokens = self._counter("infermesh_tokens", "Tokens of completed requests, by model and kind.", "model", "kind")
@@ -38,8 +47,9 @@ class Metrics:
         self.choices = dict.fromkeys(REASONS, 0)
         self.cached_tokens = {"expected": 0, "counted": 0}
         self.rerouted = 0
-        self.registry.register(_FleetCollector(fleet, directory))
+        self.registry.register(_FleetCollector(fleet))
         self.registry.register(_RoutingCollector(self, fleet))
+        self.registry.register(DirectoryCollector(directory, lookups or Durations(), record_ages))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -75,9 +85,8 @@ class _RoutingCollector(Collector):
 
 
 class _FleetCollector(Collector):
-    def __init__(self, fleet: Fleet, directory: Callable[[], dict[str, int | float]]) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._directory = directory
 
     def collect(self) -> Iterable[Metric]:
         workers = list(self._fleet.workers.values())
@@ -96,5 +105,3 @@ class _FleetCollector(Collector):
             for worker in workers:
                 family.add_metric((worker.node_id.hex()[:12],), read(worker))
             yield family
-        for name, value in sorted(self._directory().items()):
-            yield GaugeMetricFamily(f"infermesh_directory_{name}", "Directory: see mesh/dht.", value=value)

@@ -64,7 +64,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     )
     views = Views(fleet, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
     explainer = Explainer(fleet, directory, views, identity=identity, clock=clock)
-    metrics = Metrics(fleet, directory=directory.stats)
+    metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
     gate = Gate(identity.trust, clock=clock, region=config.region)
     app = App(config, gate=gate, fleet=fleet, views=views, explainer=explainer, metrics=metrics, rng=rng)
     server = HttpServer(app, config)

@@ -48,6 +48,11 @@ class Views:
             "directory": self._directory.stats(),
         }
 
+    def record_ages(self) -> dict[str, list[float]]:
+        """By role, how many seconds ago each live record of the directory's view was signed, by the mesh's clock."""
+        now = self._directory.node.time.now()
+        return {str(role): [max(0.0, now - record.issued) for record in self._directory.known(role)] for role in Role}
+
     def records(self, role: Role) -> list[Record]:
         """The newest live record of every node of a role; a broken link ends a worker's listing sooner than its record does."""
         linked = [worker.record for worker in self._fleet.workers.values() if role == Role.WORKER]
