@@ -308,6 +308,30 @@ async def test_workers_and_status_of_any_shape_are_shown_without_a_crash(api: St
             assert ("50%" in done.out) == (workers is shapes[0])
 
 
+async def test_doctor_says_what_to_do_and_fails_when_something_does(api: StandIn, tmp_path: Path) -> None:
+    fine = {"severity": "ok", "check": "clock", "what": "clocks agree", "detail": "", "advice": ""}
+    bad = {"severity": "fail", "check": "bootstraps", "what": "nobody answers", "detail": "b:1 \x1b[2J[red]", "advice": "start one"}
+    for worst, findings, code in (("ok", [fine], 0), ("warn", [fine], 0), ("fail", [bad, fine], 1)):
+        api.says("/mesh/v1/doctor", {"worst": worst, "findings": findings})
+        done = await ask(tmp_path, "doctor")
+        assert done.code == code
+        assert ("FAIL" in done.out and "→ start one" in done.out) == (worst == "fail")
+        assert "\x1b" not in done.out
+        assert (await ask(tmp_path, "doctor", "--json")).json["worst"] == worst
+
+
+async def test_directory_answers_of_any_shape_are_shown_without_a_crash(api: StandIn, tmp_path: Path) -> None:
+    odd: list[Any] = [{}, "nonsense", {"id": 5, "name": "\x1b[2J", "took_s": "x", "asked_s": None, "holders": "y", "order": 3, "age_s": []}]
+    for items in (odd, None, {}):
+        api.says("/mesh/v1/peers", {"peers": items})
+        api.says("/mesh/v1/lookup", {"path": items, "holders": items, "records": items, "nodes": [1]})
+        api.says("/mesh/v1/doctor", {"findings": items})
+        for command, code in ((("peers",), 0), (("lookup", "m"), 0), (("doctor",), 1)):
+            done = await ask(tmp_path, *command)
+            assert done.code == code
+            assert "\x1b" not in done.out
+
+
 # -- mesh up
 
 

@@ -101,16 +101,6 @@ async def test_bootstrap_nodes_that_are_all_down_fail_the_check(small: SmallMesh
     assert failed["advice"]
 
 
-async def test_all_workers_dead_is_a_failure(small: SmallMesh) -> None:
-    for worker in small.workers:
-        await worker.kill()
-
-    async def failed() -> bool:
-        return (await findings(small))["links"]["severity"] == "fail"
-
-    await until(failed, what="the doctor to notice")
-
-
 async def test_outbound_workers_are_well_too(deployment: Deployment) -> None:
     bootstrap = await deployment.bootstrap()
     proxy = await deployment.proxy()
@@ -120,7 +110,7 @@ async def test_outbound_workers_are_well_too(deployment: Deployment) -> None:
         await until_well(SmallMesh(deployment, bootstrap, proxy, workers, (one, two), deployment.key()))
 
 
-async def test_questions_that_make_no_sense_are_refused(small: SmallMesh) -> None:
+async def test_questions_that_make_no_sense_or_are_too_many_are_refused(small: SmallMesh) -> None:
     for query in ("", "?model=", "?role=king", "?model=m&role=worker", f"?model={'x' * 300}"):
         status, body = await small.mesh.get(f"{small.proxy.root}/mesh/v1/lookup{query}", small.key)
         assert (status, body["error"]["code"]) == (400, "invalid_request")
@@ -128,13 +118,9 @@ async def test_questions_that_make_no_sense_are_refused(small: SmallMesh) -> Non
     for path in ("peers", "lookup?model=fake", "doctor"):
         status, body = await small.mesh.get(f"{small.proxy.root}/mesh/v1/{path}", key)
         assert (status, body["error"]["code"]) == (403, "key_not_allowed")
-
-
-async def test_many_who_ask_at_once_are_told_to_wait_and_requests_go_on(small: SmallMesh) -> None:
     url = f"{small.proxy.root}/mesh/v1/doctor"
-    statuses = [status for status, _ in await asyncio.gather(*(small.mesh.get(url, small.key) for _ in range(30)))]
-    assert set(statuses) <= {200, 429}
-    assert 200 in statuses
+    statuses = {status for status, _ in await asyncio.gather(*(small.mesh.get(url, small.key) for _ in range(30)))}
+    assert 200 in statuses <= {200, 429}
 
 
 async def test_metrics_tell_of_the_directory_with_their_types(small: SmallMesh) -> None:

@@ -200,6 +200,13 @@ def test_operators_commands_without_a_mesh_say_what_to_do(tmp_path: Path, comman
     assert "mesh create" in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [[], ["m", "--role", "worker"]])
+def test_look_up_wants_a_model_or_a_role(tmp_path: Path, arguments: list[str]) -> None:
+    result = mesh(tmp_path, "lookup", *arguments)
+    assert result.exit_code == 2
+    assert "--role" in result.stderr
+
+
 def test_init_stores_privately_and_later_commands_read_it(tmp_path: Path) -> None:
     assert answer(tmp_path, "init", "--url", "http://a.example:8080/v1/", "--api-key", "im_abc")["url"] == "http://a.example:8080"
     path = tmp_path / "client.toml"
@@ -223,7 +230,7 @@ def test_flag_wins_over_environment_and_environment_over_what_is_stored(tmp_path
     assert (found.url, found.api_key) == ("http://flag", "im_flag")
 
 
-@pytest.mark.parametrize("command", ["models", "workers", "status"])
+@pytest.mark.parametrize("command", ["models", "workers", "status", "peers", "doctor"])
 def test_users_commands_without_settings_say_what_to_do(tmp_path: Path, command: str) -> None:
     result = mesh(tmp_path, command)
     assert result.exit_code == 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -37,6 +40,16 @@ def test_counters_are_counters_and_gauges_gauges() -> None:
         assert types[f"infermesh_directory_{name}"] == "gauge"
     assert types["infermesh_directory_lookup_seconds"] == "histogram"
     assert not GAUGES.keys() & COUNTERS.keys()
+
+
+def test_what_the_readme_promises_is_there_with_that_type() -> None:
+    section = (Path(__file__).parents[2] / "README.md").read_text().partition("### What the directory counts")[2].partition("\n## ")[0]
+    types, _ = read()
+    rows = [(re.findall(r"`([a-z_]+)`", cells[1]), cells[2].strip()) for row in section.splitlines() if (cells := row.split("|"))[1:]]
+    named = [(name, kind) for names, kind in rows for name in names]
+    assert len(named) > 10
+    for name, kind in named:
+        assert types[f"infermesh_directory_{name.removesuffix('_total')}"] == kind
 
 
 def test_counters_that_never_counted_are_there_with_zero() -> None:
