@@ -13,6 +13,7 @@ from proxy.directory_metrics import COUNTERS, GAUGES, DirectoryCollector
 
 STATS: dict[str, int | float] = {
     "table_size": 7,
+    "records_held": 5,
     "clock_offset_s": -1.5,
     "bytes_in": 1200,
     "store_accepted": 4,
