@@ -1,0 +1,133 @@
+"""The work every DHT is given, and how it is timed. Only the standard library: it also runs in other programs' environments.
+
+A fleet is N nodes in one process on loopback UDP. First all are alive: so many new keys are stored, then looked up from other nodes.
+Then a share of the nodes dies at once, without a word, and from that moment look-ups of keys whose owners live and stores of new keys
+come mixed, at the same concurrency. `hyperdht.js` does the same in JavaScript.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``ops`` of each kind in each phase, ``concurrency`` at once; a phase begins nothing more after ``budget_s``, and an operation
+    that takes ``limit_s`` has failed. ``dead`` is the share of nodes that die."""
+
+    nodes: int = 200
+    ops: int = 200
+    concurrency: int = 8
+    dead: float = 0.3
+    value_bytes: int = 300
+    budget_s: float = 60.0
+    limit_s: float = 60.0
+    seed: int = 1
+
+
+class Fleet(Protocol):
+    """N nodes of one kind, numbered; number 0 is where the others entered and never dies."""
+
+    name: str
+
+    async def up(self) -> None: ...
+
+    async def store(self, node: int, key: int) -> bool:
+        """Store a value under a new key from ``node``. True if the DHT says it did."""
+        ...
+
+    async def get(self, node: int, key: int) -> bool:
+        """Look ``key`` up from ``node``. True if exactly what was stored came back."""
+        ...
+
+    async def kill(self, nodes: list[int]) -> None: ...
+
+    async def down(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Samples:
+    """Every operation of a kind: its time in ms, failed ones too, and how many succeeded."""
+
+    ms: list[float] = field(default_factory=list)
+    ok: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    kind: str
+    run: Callable[[], Awaitable[bool]]
+
+
+async def run_all(operations: Iterable[Operation], plan: Plan) -> dict[str, Samples]:
+    """Keep ``plan.concurrency`` operations in flight until there are no more or the budget is spent."""
+    found: dict[str, Samples] = {}
+    left: Iterator[Operation] = iter(operations)
+    until = time.perf_counter() + plan.budget_s
+
+    async def lane() -> None:
+        for operation in left:
+            if time.perf_counter() > until:
+                return
+            began = time.perf_counter()
+            task = asyncio.ensure_future(operation.run())
+            # not cancelled when late: kademlia's own timers fail on a cancelled future
+            done, _ = await asyncio.wait({task}, timeout=plan.limit_s)
+            samples = found.setdefault(operation.kind, Samples())
+            samples.ms.append((time.perf_counter() - began) * 1e3)
+            samples.ok += bool(done) and task.exception() is None and task.result()
+
+    await asyncio.gather(*(lane() for _ in range(plan.concurrency)))
+    return found
+
+
+async def drive(fleet: Fleet, plan: Plan) -> dict[str, Any]:
+    """Both phases. Returns what `report` reads."""
+    rng = random.Random(plan.seed)
+    began = time.perf_counter()
+    await fleet.up()
+    up_s = time.perf_counter() - began
+    nodes = list(range(plan.nodes))
+    owners: dict[int, int] = {}
+
+    def stores(alive: list[int], first: int) -> list[Operation]:
+        turns = rng.sample(alive, len(alive))
+        made = []
+        for key in range(first, first + plan.ops):
+            owners[key] = turns[key % len(turns)]
+            made.append(Operation("store", lambda key=key: fleet.store(owners[key], key)))
+        return made
+
+    def gets(alive: list[int], keys: list[int]) -> list[Operation]:
+        made = []
+        for _ in range(plan.ops):
+            key = rng.choice(keys)
+            asker = rng.choice([node for node in alive if node != owners[key]])
+            made.append(Operation("get", lambda key=key, asker=asker: fleet.get(asker, key)))
+        return made
+
+    healthy = await run_all(stores(nodes, 0), plan)
+    stored = list(range(len(healthy["store"].ms)))
+    healthy |= await run_all(gets(nodes, stored), plan)
+
+    victims = rng.sample(nodes[1:], round(plan.dead * plan.nodes))
+    gone = set(victims)
+    alive = [node for node in nodes if node not in gone]
+    lasting = [key for key in stored if owners[key] not in gone]
+    mixed = gets(alive, lasting) + stores(alive, plan.ops)
+    rng.shuffle(mixed)
+    await fleet.kill(victims)
+    dead = await run_all(mixed, plan)
+    await fleet.down()
+    return {
+        "name": fleet.name,
+        "nodes": plan.nodes,
+        "up_s": up_s,
+        "healthy": {kind: asdict(samples) for kind, samples in healthy.items()},
+        "dead": {kind: asdict(samples) for kind, samples in dead.items()},
+    }
