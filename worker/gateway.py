@@ -39,6 +39,8 @@ from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_compl
 log = structlog.get_logger(__name__)
 
 PROGRESS_S = 1.0
+STALE_CONNECTIONS = 2
+"""How many kept connections may turn out to be closed before the engine counts as gone."""
 BODY_DEADLINE_S = 60.0
 MAX_REQUEST_BYTES = 4 << 30
 MAX_ANSWER_BYTES = 256 << 20
@@ -162,10 +164,7 @@ class Gateway:
         started = time.monotonic()
         try:
             url = base_url + Task(request.task).path
-            data: bytes | bytearray | AsyncIterator[bytes | memoryview] = prepared.body
-            if prepared.size >= LARGE_BYTES:
-                data, headers["Content-Length"] = prepared.pieces(), str(prepared.size)
-            async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
+            async with await self._post(url, prepared, headers) as response:
                 if response.status != 200:
                     raise await _refusal(response)
                 if response.content_type == "text/event-stream":
@@ -178,6 +177,22 @@ class Gateway:
         self.served += 1
         stream.end({**usage.to_trailer(), "queue_ms": round(queue_s * 1000), "engine_ms": round((time.monotonic() - started) * 1000)})
         return usage
+
+    async def _post(self, url: str, prepared: Prepared, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        """Send a request to the engine; returns once its answer's head is there.
+
+        A connection that was kept may just have been closed by an engine that keeps none: the request goes again, over another.
+        """
+        for left in reversed(range(STALE_CONNECTIONS + 1)):
+            data: bytes | bytearray | AsyncIterator[bytes | memoryview] = prepared.body
+            if prepared.size >= LARGE_BYTES:
+                data, headers["Content-Length"] = prepared.pieces(), str(prepared.size)
+            try:
+                return await self._session.post(url, data=data, headers=headers, allow_redirects=False)
+            except aiohttp.ServerDisconnectedError:
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
 
     async def _relay_events(
         self, stream: IncomingStream, response: aiohttp.ClientResponse, prepared: Prepared, on_first: Callable[[], None]

@@ -73,10 +73,6 @@ class StandInResponse:
         self._engine = engine
 
     async def __aenter__(self) -> StandInResponse:
-        if self._reply.before is not None:
-            raise self._reply.before
-        if self._reply.hangs:
-            await asyncio.Event().wait()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -91,9 +87,18 @@ class StandInSession:
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     closed: int = 0
 
-    def post(self, url: str, **options: Any) -> StandInResponse:
+    async def post(self, url: str, **options: Any) -> StandInResponse:
+        """Returns once the head is there, or raises what keeps it from coming."""
         self.asked.append((url, options))
-        return StandInResponse(self.replies[min(len(self.asked), len(self.replies)) - 1], self)
+        reply = self.replies[min(len(self.asked), len(self.replies)) - 1]
+        if reply.before is not None:
+            raise reply.before
+        if reply.hangs:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.closed += 1
+        return StandInResponse(reply, self)
 
 
 @dataclass
@@ -354,10 +359,14 @@ async def test_slow_reader_holds_up_the_reading_from_the_engine(stage: Open) -> 
             yield EVENT * 100
 
     at = stage(Reply([], content_type=STREAM))
-    response = at.session.post("x")
+    response = await at.session.post("x")
     at.session.asked.clear()
     response.content.iter_any = endless  # type: ignore[method-assign]
-    at.session.post = lambda url, **options: response  # type: ignore[method-assign]
+
+    async def post(url: str, **options: Any) -> StandInResponse:
+        return response
+
+    at.session.post = post  # type: ignore[method-assign]
     sink = await at.ask(CHAT | {"stream": True}, eager=False)
     for _ in range(200):
         await at.pair.settle()
@@ -570,3 +579,12 @@ def test_whatever_the_engine_says_each_request_ends_exactly_once(pieces: list[An
         assert at.gateway._tasks == set()
 
     asyncio.run(main())
+
+
+async def test_kept_connections_that_turn_out_to_be_closed_are_tried_again_over_another(stage: Open) -> None:
+    stale = Reply(before=aiohttp.ServerDisconnectedError())
+    at = stage(stale, stale, Reply([b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}']))
+    sink = await at.ask()
+    assert sink.heads
+    assert len(at.session.asked) == 3
+    assert at.engine.suspected == 0

@@ -72,9 +72,8 @@ class ExternalEngine:
 
     @property
     def keeps_connections(self) -> bool:
-        """A plain one may be anything, llama.cpp's server among them; behind TLS there is a front that knows HTTP, and
-        connecting costs round trips."""
-        return (self.spec.url or "").startswith("https:")
+        """It may be anything, llama.cpp's server among them, which keeps none that it says it keeps; the gateway asks again then."""
+        return True
 
     @property
     def needs_fetch(self) -> bool:
