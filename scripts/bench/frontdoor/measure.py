@@ -105,10 +105,10 @@ def _once(lab: Lab, target: Target, arguments: Sequence[str]) -> Json:
     return result
 
 
-def run(lab: Lab, target: Target, arguments: Sequence[str]) -> Json:
-    """Measure; again, at most TRIALS times, while something that is not ours used the cores. The quietest counts."""
+def run(lab: Lab, target: Target, arguments: Sequence[str], trials: int = TRIALS) -> Json:
+    """Measure; again, at most so many times, while something that is not ours used the cores. The quietest counts."""
     best: Json | None = None
-    for _ in range(TRIALS):
+    for _ in range(trials):
         wait_for_quiet(lab)
         result = _once(lab, target, arguments)
         if best is None or result["foreign_share"] < best["foreign_share"]:
@@ -136,10 +136,10 @@ def plain(lab: Lab, target: Target, concurrency: int) -> Json:
     return run(lab, target, ["plain", "-c", str(concurrency), "-t", str(lab.window_s), "--warm", str(lab.warm_s)])
 
 
-def streams(lab: Lab, target: Target, count: int, sample: float = 1.0, probes: int = 0, ramp_s: float = 20) -> Json:
+def streams(lab: Lab, target: Target, count: int, sample: float = 1.0, probes: int = 0, ramp_s: float = 20, trials: int = TRIALS) -> Json:
     """Streams kept open, a token each 20 ms."""
     options = ["-s", str(count), "-t", str(lab.window_s), "--warm", str(lab.warm_s), "--sample", str(sample)]
-    return run(lab, target, ["streams", *options, "--ramp", str(ramp_s), "--probes", str(probes)])
+    return run(lab, target, ["streams", *options, "--ramp", str(ramp_s), "--probes", str(probes)], trials)
 
 
 def clean(result: Json) -> bool:
@@ -187,7 +187,9 @@ def most_streams(lab: Lab, target: Target, guess: int) -> Json:
     tried: dict[str, Json] = {}
 
     def attempt(count: int) -> bool:
-        result = streams(replace(lab, window_s=min(lab.window_s, 4.0)), target, count, sample=min(1.0, max(0.2, 200 / count)), ramp_s=8)
+        result = streams(
+            replace(lab, window_s=min(lab.window_s, 4.0)), target, count, sample=min(1.0, max(0.2, 200 / count)), ramp_s=8, trials=1
+        )
         tried[str(count)] = {
             "gap_p99_ms": result["gap"].get("p99_us", 0) / 1e3,
             "held": holds(result, count),
