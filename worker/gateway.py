@@ -189,7 +189,7 @@ class Gateway:
                 data, headers["Content-Length"] = prepared.pieces(), str(prepared.size)
             try:
                 return await self._session.post(url, data=data, headers=headers, allow_redirects=False)
-            except aiohttp.ServerDisconnectedError:
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 if not left:
                     raise
         raise AssertionError("unreachable")

@@ -110,7 +110,7 @@ async def session(engine: Engine) -> AsyncIterator[aiohttp.ClientSession]:
         headers=dict(engine.headers),
         timeout=aiohttp.ClientTimeout(total=None),
         cookie_jar=aiohttp.DummyCookieJar(),
-        connector=aiohttp.TCPConnector(limit=4, force_close=not engine.keeps_connections),
+        connector=aiohttp.TCPConnector(limit=4, force_close=True),  # a question a second: not worth the doubt about a kept connection
     ) as client:
         yield client
 
