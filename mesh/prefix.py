@@ -7,7 +7,7 @@ tokens: no tokenizer is needed, and a block's length in tokens follows from what
 
 Blocks grow with depth: 512 bytes (about 128 tokens) over the first 32 KiB, then twice as long after every 64 blocks. What is shared is so
 known to within a few percent at any depth, a chain has at most 256 hashes (2 KiB in OPEN), and no more than the first 480 KiB of a
-prompt are ever looked at: about 0.4 ms of hashing, whatever the body's size. A text of less than a block has no chain and costs nothing.
+prompt are ever looked at: about 0.4 ms of hashing, whatever the body's size.
 
 512 bytes because engines share whole pages of 16 tokens and up, so that finer blocks would promise little more, and because one
 hash (0.6 µs, 8 bytes to every proxy) should stand for clearly more prefill than it costs.

@@ -24,6 +24,8 @@ TASKS = {
 """Inference routes by path: which task a worker must serve."""
 PRIORITIES = ("interactive", "standard", "batch")
 """As clients name them, the most urgent first."""
+SHORT_BYTES = 2 * BLOCK_BYTES
+"""A body up to this length has a prompt of at most 256 tokens or so: some milliseconds of a GPU, and not worth the microseconds here."""
 
 
 _ABSENT = msgspec.Raw()
@@ -105,7 +107,7 @@ def prompt_of(call: Call) -> tuple[Chain, int]:
     The text is the client's own JSON: tools and instructions first, as chat templates have them, then each message as it was written. A
     conversation that goes on begins with the same bytes.
     """
-    if len(call.body) <= BLOCK_BYTES or call.task == "embeddings":
+    if len(call.body) <= SHORT_BYTES or call.task == "embeddings":
         return (), 0
     pieces = tuple(_pieces(call.parsed))
     chain = hash_chain(f"{call.task}\0{call.model}".encode(), map(memoryview, pieces))

@@ -32,13 +32,13 @@ BY_LOAD = frozenset({"prefix", "least-loaded", "power-of-two"})
 class Plan:
     """One request's way. ``avoid`` grows by each worker that failed it."""
 
-    __slots__ = ("avoid", "call", "chain", "choice", "expected", "priority", "project", "reroutes", "session", "size_bytes", "tokens")
+    __slots__ = ("avoid", "call", "chain", "choice", "expected", "header", "priority", "project", "reroutes", "size_bytes", "tokens")
 
-    def __init__(self, call: Call, project: str, priority: int) -> None:
+    def __init__(self, call: Call, project: str, header: Callable[[str], str | None]) -> None:
         self.call = call
         self.project = project
-        self.priority = priority
-        self.session: str | None = None
+        self.header = header
+        self.priority = priority_of(call, header("x-priority"))
         self.chain: Chain
         self.chain, self.size_bytes = prompt_of(call)
         self.tokens = 0
@@ -63,16 +63,11 @@ class Plan:
         """Why the worker was chosen, for people: the value of ``x-mesh-reason``."""
         assert self.choice is not None
         worker, reason, _, cost, of = self.choice
-        told = {
-            "prompt": self.tokens,
-            "cached": self.expected,
-            "queued": round(worker.queued_tokens(now)),
-            "outstanding": worker.in_flight + worker.elsewhere,
-            "cost": round(cost),
-            "of": of,
-            "rerouted": self.reroutes,
-        }
-        return "; ".join([reason, *(f"{name}={value}" for name, value in told.items())])
+        told = f"{reason}; of={of}; outstanding={worker.in_flight + worker.elsewhere}"
+        if not self.tokens:
+            return told
+        queued = worker.queued_tokens(now)
+        return f"{told}; prompt={self.tokens}; cached={self.expected}; queued={queued:.0f}; cost={cost:.0f}; rerouted={self.reroutes}"
 
 
 class Router:
@@ -91,13 +86,11 @@ class Router:
 
     def plan(self, call: Call, project: str, header: Callable[[str], str | None]) -> Plan:
         """Work out what a request is routed by. ``header`` looks a header up. Raises `InvalidRequest` on an unknown priority."""
-        plan = Plan(call, project, priority_of(call, header("x-priority")))
+        plan = Plan(call, project, header)
         if plan.chain:
             plan.tokens = self._fleet.tokens(call.model, plan.size_bytes)
-        if self._by_session:
-            plan.session = session_of(call, header("x-session-id"))
-        if not self._by_load:
-            plan.reroutes = MOST_REROUTES
+            if not self._by_load:
+                plan.reroutes = MOST_REROUTES
         return plan
 
     def choose(self, plan: Plan, request_id: str) -> Choice[Worker] | None:
@@ -105,7 +98,7 @@ class Router:
         call = plan.call
         candidates = self._fleet.candidates(call.model, call.task)
         cached = self._fleet.holders(call.model, plan.chain) if plan.chain else NONE_CACHED
-        session = self._session(plan) if len(candidates) > 1 else 0
+        session = self._session(plan) if self._by_session and len(candidates) > 1 else 0
         self._turn += 1
         now = self._clock()
         wish = Wish(call.model, plan.avoid, plan.tokens, cached, now, session, self._turn)
@@ -140,7 +133,8 @@ class Router:
 
     def _session(self, plan: Plan) -> int:
         """64 bits, the same on every proxy."""
-        if plan.session:
-            named = f"{plan.project}\0{plan.session}".encode(errors="surrogateescape")
+        name = session_of(plan.call, plan.header("x-session-id"))
+        if name:
+            named = f"{plan.project}\0{name}".encode(errors="surrogateescape")
             return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest())
         return int.from_bytes(plan.chain[0]) if plan.chain and self._by_hash else 0

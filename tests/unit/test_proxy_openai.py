@@ -203,7 +203,7 @@ def test_tools_come_before_messages_and_other_models_and_tasks_have_other_chains
 
 
 def test_short_prompt_and_long_settings_around_it_have_no_chain() -> None:
-    assert prompt_of(parse_call("/v1/chat/completions", chat("x" * 100))) == ((), 0)
+    assert prompt_of(parse_call("/v1/chat/completions", chat("x" * 600))) == ((), 0)
     assert prompt_of(parse_call("/v1/chat/completions", chat("x" * 100, guided_json="y" * 10_000))) == ((), 0)
 
 
