@@ -24,7 +24,13 @@ def ms(value: float) -> str:
 
 def summary(samples: Json) -> Json:
     times = samples["ms"]
-    return {"p50_ms": quantile(times, 0.5), "p99_ms": quantile(times, 0.99), "n": len(times), "success": samples["ok"] / len(times)}
+    return {
+        "p50_ms": quantile(times, 0.5),
+        "p99_ms": quantile(times, 0.99),
+        "n": len(times),
+        "success": samples["ok"] / len(times),
+        "cpu_ms_each": samples.get("cpu_ms_each"),
+    }
 
 
 def summaries(results: Json) -> Json:
@@ -47,12 +53,17 @@ def loopback_table(results: Json, found: Json) -> Table:
         for kind in KINDS:
             table.add_column(f"{kind} p50 / p99, {share}", justify="right")
             table.add_column("ok of n", justify="right")
+            if phase == "healthy":
+                table.add_column("CPU ms each", justify="right")
     for fleet in found.values():
         row = [fleet["name"], str(fleet["nodes"])]
         for phase, _ in PHASES:
             for kind in KINDS:
                 cell = fleet[phase].get(kind)
                 row += [f"{ms(cell['p50_ms'])} / {ms(cell['p99_ms'])}", f"{cell['success']:.1%} of {cell['n']}"] if cell else ["-", "-"]
+                if phase == "healthy":
+                    each = cell.get("cpu_ms_each") if cell else None
+                    row.append("-" if each is None else f"{each:.1f}")
         table.add_row(*row)
     return table
 
