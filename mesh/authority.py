@@ -189,7 +189,7 @@ def create_mesh(directory: Path, *, name: str, now: float, bootstraps: tuple[str
     root_certificate = make_root_certificate(root, name=name, now=now, lifetime_s=ROOT_LIFETIME_S)
     write_private(directory / "root.crt", root_certificate)
     issuers = []
-    for kid, purposes in ((KEYS_KID, (Purpose.KEY, Purpose.INVITE)), (NODES_KID, (Purpose.NODE,))):
+    for kid, purposes in ((KEYS_KID, (Purpose.KEY, Purpose.INVITE, Purpose.DOCUMENT)), (NODES_KID, (Purpose.NODE,))):
         key = Ed25519PrivateKey.generate()
         write_private(directory / "issuers" / f"{kid}.key", private_key_pem(key))
         issuers.append(

@@ -17,10 +17,12 @@ import structlog
 
 from mesh.clock import Clock
 from mesh.dht.config import DirectoryConfig
+from mesh.dht.exchange import Version
 from mesh.dht.keys import MAX_LEVEL, indexes, level_of, shard_of, sub_shards
 from mesh.dht.node import DhtNode
 from mesh.dht.routing import Contact
 from mesh.dht.verify import Verifier
+from mesh.documents import Document, document_key
 from mesh.errors import TrustError
 from mesh.identity import Identity
 from mesh.records import Record, directory_key, newest
@@ -191,6 +193,35 @@ class Directory:
             except Exception:
                 log.exception("directory.listener_failed", role=str(record.role))
 
+    async def put_document(self, document: Document) -> int:
+        """Store a signed version of a document; returns how many of the nodes nearest to its key have it.
+
+        Raises `DirectoryError` if it does not follow the newest version there is (compare-and-swap on seq), or too few can be reached.
+        """
+        return await self.node.exchange.put(document)
+
+    async def get_document(self, kind: str, name: str, *, seq: int = 0) -> Document | None:
+        """The newest version of a document, or version ``seq``, verified; None if there is none. Never older than one seen here before."""
+        return await self.node.exchange.get(document_key(kind, name), seq=seq)
+
+    async def document_history(self, kind: str, name: str) -> list[Version]:
+        """The last versions that holders list, the newest first. What they list is verified when it is fetched."""
+        return await self.node.exchange.history(document_key(kind, name))
+
+    def watch_document(self, kind: str, name: str, on_change: Callable[[Document], None], *, interval_s: float) -> None:
+        """Call ``on_change`` with the document and with each newer version, looked for every ``interval_s``."""
+        seen = 0
+
+        async def look() -> float:
+            nonlocal seen
+            document = await self.get_document(kind, name)
+            if document is not None and document.seq > seen:
+                seen = document.seq
+                on_change(document)
+            return interval_s * self._rng.uniform(0.75, 1.0)
+
+        self.node.tasks.repeat(look, self._clock, name=f"directory document {kind}")
+
     def peers(self) -> list[PeerInfo]:
         """The routing table."""
         now, memory = self._clock.monotonic(), self.node.memory
@@ -210,6 +241,7 @@ class Directory:
         return dict(self.node.counts.values) | {
             "table_size": len(self.node.table),
             "records_held": len(self.node.store),
+            "documents_held": len(self.node.documents),
             "sessions": len(self.node.sessions),
             "nodes_estimated": self.node.table.estimate_nodes(),
             "clock_offset_s": self.node.time.offset_s,

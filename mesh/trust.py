@@ -30,6 +30,7 @@ class Purpose(StrEnum):
     KEY = "key"
     NODE = "node"
     INVITE = "invite"
+    DOCUMENT = "document"
 
 
 class Role(StrEnum):

@@ -66,6 +66,8 @@ class DirectoryConfig:
     bootstrap_retry_max_s: float = 15.0
     bootstrap_recheck_s: float = 60.0
     """A node that has peers looks at its bootstrap nodes this often: so two halves of a healed partition meet."""
+    document_offer_s: float = 300.0
+    """How often a holder offers its documents to the nodes nearest to their keys."""
     remembered_peers: int = 200
     save_interval_s: float = 30.0
     watch_lease_s: float = 30.0

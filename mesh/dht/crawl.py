@@ -2,8 +2,8 @@
 
 * Sliding: each path keeps `alpha` requests in flight; one that is late by its peer's own standard no longer counts, so a dead
   node costs one usual round trip and no round waits for its slowest.
-* Disjoint: a node is asked by one path, and a path knows only what its own nodes told it. A liar spoils one path. When all
-  paths have arrived, the nearest nodes that any of them heard of are asked.
+* Disjoint: beside the main path, which follows every hint, run a few that share nothing. A node belongs to the path that first
+  heard of it, and a path knows only what its own nodes told it: a liar spoils the main path and one other.
 * What a path learns from a peer whose other hints proved worthless goes to the end of the queue.
 * Done when the nearest `width` nodes not known dead have answered; or at the deadline, with what there is.
 """
@@ -123,7 +123,8 @@ class Crawl:
         self._width = width or config.read_width
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []
-        self._last = _Path(0, 0, 0)
+        self._main = _Path(-1, 0, 0)
+        self._belongs: dict[bytes, _Path] = {}
         self._worthless: dict[bytes, int] = {}
         self._began = clock.monotonic()
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
@@ -134,10 +135,9 @@ class Crawl:
         seeds = sorted(seeds, key=self._distance)
         count = max(1, min(self._config.paths, len(seeds)))
         self._paths = [_Path(number, -(-self._width // count) + 1, self._config.alpha) for number in range(count)]
-        self._last = _Path(count, self._width, self._config.alpha * count)
+        self._main.width, self._main.alpha = self._width, self._config.alpha * count
         for at, contact in enumerate(seeds):
-            self._paths[at % count].add(contact, self._distance(contact), b"")
-            self._last.add(contact, self._distance(contact), b"")
+            self._hear(self._paths[at % count], contact, b"")
         deadline = asyncio.get_running_loop().call_later(timeout_s, self._finish, False)
         self._pump()
         try:
@@ -179,9 +179,8 @@ class Crawl:
         if self._done.done():
             return
         waiting = False
-        for path in self._paths:
+        for path in (self._main, *self._paths):
             waiting = self._pump_path(path) or waiting
-        waiting = waiting or self._pump_path(self._last)
         busy = self._collector is not None and self._collector.busy
         if not waiting and not busy and not self._wants_latecomers():
             self._finish(True)
@@ -250,30 +249,36 @@ class Crawl:
         hop.took_s = self._clock.monotonic() - self._began - hop.asked_s
         hop.fate = Fate.FAILED if reply is None else Fate.ANSWERED
         if reply is None:
-            self._blame(path, hop.contact)
+            self._blame(hop.contact)
         else:
-            self._digest(hop, path, reply)
+            self._digest(hop, reply)
         self._pump()
 
-    def _blame(self, path: _Path, contact: Contact) -> None:
-        teller = path.tellers.get(contact.id)
+    def _blame(self, contact: Contact) -> None:
+        teller = self._main.tellers.get(contact.id)
         if teller:
             self._worthless[teller] = self._worthless.get(teller, 0) + 1
 
-    def _digest(self, hop: Hop, path: _Path, reply: Reply) -> None:
+    def _digest(self, hop: Hop, reply: Reply) -> None:
         """Take in a reply; a bad one is that peer's loss."""
         body = reply.bodies[0]
         try:
             if self._collector is None:
-                self._learn(path, hop.contact, body[0] if body else b"")
+                self._learn(hop.contact, body[0] if body else b"")
             else:
-                self._learn(path, hop.contact, self._collector.first(hop.contact, body))
+                self._learn(hop.contact, self._collector.first(hop.contact, body))
                 self._collector.rest(hop.contact, reply.bodies[1:])
         except TrustError as error:
             self._protocol.counts.refuse(f"reply_{error.code}", hop.contact, now=self._clock.monotonic())
 
-    def _learn(self, path: _Path, teller: Contact, data: object) -> None:
+    def _learn(self, teller: Contact, data: object) -> None:
+        path = self._belongs[teller.id]
         for contact in parse_contacts(data, limit=self._config.k):
             if contact.id != self._protocol.own_id:
-                path.add(contact, self._distance(contact), teller.id)
-                self._last.add(contact, self._distance(contact), teller.id)
+                self._hear(path, contact, teller.id)
+
+    def _hear(self, path: _Path, contact: Contact, teller: bytes) -> None:
+        distance = self._distance(contact)
+        self._main.add(contact, distance, teller)
+        if self._belongs.setdefault(contact.id, path) is path:
+            path.add(contact, distance, teller)

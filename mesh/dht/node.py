@@ -19,6 +19,8 @@ from mesh.dht.collect import Accept
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.counts import Counts
 from mesh.dht.crawl import Crawl, Outcome
+from mesh.dht.documents import DocumentStore
+from mesh.dht.exchange import Exchange
 from mesh.dht.mesh_time import MeshTime
 from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
@@ -33,6 +35,7 @@ from mesh.errors import TrustError
 from mesh.identity import Identity
 from mesh.membership import MembershipCache
 from mesh.records import Record
+from mesh.trust import Role
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +91,19 @@ class DhtNode:
         )
         self.tasks = Tasks()
         self.publisher = Publisher(self.protocol, self.memory, config, clock, rng, self.tasks, self.walk)
+        remembers = identity.role in (Role.BOOTSTRAP, Role.PROXY)
+        self.documents = DocumentStore(identity.trust, state_dir if remembers else None)
+        self.exchange = Exchange(
+            identity,
+            self.protocol,
+            self.documents,
+            config,
+            clock,
+            rng,
+            self.tasks,
+            self.walk,
+            serve=serve,
+        )
         self._serve = serve
         self._rng = rng
         self._state_dir = state_dir
@@ -123,6 +139,8 @@ class DhtNode:
         if self._state_dir is not None:
             for peer in load_peers(self._state_dir, limit=self.config.remembered_peers):
                 self._remembered[peer.node_id] = Contact(peer.node_id, peer.address)
+        self.documents.load(now=self.clock.wall())
+        self.tasks.repeat(self._keep_documents, self.clock, name="directory documents")
         self.tasks.repeat(self._stay_joined, self.clock, name="directory join")
         self.tasks.repeat(self._maintain, self.clock, name="directory upkeep")
         log.info("directory.started", host=bound[0], port=bound[1], remembered=len(self._remembered))
@@ -287,6 +305,7 @@ class DhtNode:
         await self._pause(1.0)
         await self.crawl(self.identity.node_id, accept=None, timeout_s=self.config.lookup_timeout_s, width=self.config.k)
         await self.publisher.walk_again()
+        await self.exchange.keep_alive()
         for listener in self._on_reunion:
             listener()
 
@@ -345,6 +364,12 @@ class DhtNode:
         await self.crawl(self.identity.node_id, accept=None, timeout_s=2 * self.config.lookup_timeout_s, width=self.config.k)
         await self._refresh_buckets(older_than_s=self.config.refresh_bucket_s)
         log.info("directory.joined", peers=len(self.table))
+
+    async def _keep_documents(self) -> float:
+        """Soon after the start, and then now and then."""
+        if not len(self.table):
+            return _EXPIRE_EVERY_S
+        return await self.exchange.keep_alive()
 
     async def _refresh_buckets(self, *, older_than_s: float) -> None:
         for low, high in self.table.stale_ranges(self.clock.monotonic(), older_than_s)[:8]:

@@ -35,7 +35,7 @@ from mesh.dht.mesh_time import MeshTime
 from mesh.dht.patch import apply_patch
 from mesh.dht.peers import PeerMemory
 from mesh.dht.routing import ID_BYTES, Contact, Table, encode_contacts
-from mesh.dht.rpc import ProveFirst, Request, SealedRpc
+from mesh.dht.rpc import Request, SealedRpc
 from mesh.dht.session import Session, Sessions
 from mesh.dht.storage import TAG_BYTES, Held, RecordStore, Verdict, covered, tag_of
 from mesh.errors import MalformedEnvelope
@@ -61,6 +61,9 @@ class Op(IntEnum):
     WATCH = 5
     NOTICE = 6
     PROOF = 7
+    DOC_OFFER = 8
+    DOC_GET = 9
+    DOC_LIST = 10
 
 
 class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
@@ -184,8 +187,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         if type(remaining_ms) is not int or remaining_ms < 0 or len(data) > MAX_RECORD_BYTES or not isinstance(base, bytes):
             raise MalformedEnvelope("bad store")
         keys = [_key(key) for key in keys]
-        if not request.proven:
-            raise ProveFirst
+        request.require_proof()
         verdicts = self._offer(request, keys, remaining_ms, base, data)
         for verdict in verdicts:
             self.counts.add(f"store_{verdict.name.lower()}")
@@ -215,8 +217,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         keys, lease_ms = _fields(request, 2)
         if not isinstance(keys, list) or len(keys) > 16 or type(lease_ms) is not int or lease_ms < 0:
             raise MalformedEnvelope("bad watch")
-        if not request.proven:
-            raise ProveFirst
+        request.require_proof()
         lease_s = min(lease_ms / 1000, self.config.watch_lease_s)
         until = self.clock.monotonic() + lease_s
         for key in keys:

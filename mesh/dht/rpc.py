@@ -68,6 +68,11 @@ class Request:
     def node_id(self) -> bytes:
         return self.session.node_id
 
+    def require_proof(self) -> None:
+        """Raises `ProveFirst` unless the asker receives at this address."""
+        if not self.proven:
+            raise ProveFirst
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:

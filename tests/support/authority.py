@@ -49,7 +49,7 @@ def make_mesh(*, now: float, name: str = "test", entropy: Callable[[int], bytes]
             not_before=now,
             expires=now + ISSUER_LIFETIME_S,
         )
-        for kid, key, may in ((KEYS_KID, keys, (Purpose.KEY, Purpose.INVITE)), (NODES_KID, nodes, (Purpose.NODE,)))
+        for kid, key, may in ((KEYS_KID, keys, (Purpose.KEY, Purpose.INVITE, Purpose.DOCUMENT)), (NODES_KID, nodes, (Purpose.NODE,)))
     ]
     signed = seal_keyset(root, name=name, seq=1, issued=now, issuers=issuers)
     keyset = parse_keyset(signed, mesh_id=key_id(raw_public_key(root.public_key())))

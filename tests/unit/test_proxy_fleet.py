@@ -253,3 +253,82 @@ def test_metrics_of_two_proxies_in_one_process_do_not_mix(fleet: Fleet) -> None:
     one.retries("x").inc()
     assert b'infermesh_retries_total{code="x"}' in one.render()
     assert b'infermesh_retries_total{code="x"}' not in other.render()
+
+
+# -- what is cached and queued
+
+
+def chain(*names: int) -> bytes:
+    return b"".join(name.to_bytes(8) for name in names)
+
+
+def test_prefixes_told_over_a_link_are_found_and_gone_with_it(fleet: Fleet) -> None:
+    link = up(fleet, record())
+    fleet.on_prefix(as_link(link), {"new": True, "add": chain(1, 2)})
+    fleet.on_prefix(as_link(link), {"del": chain(2), "add": chain(3)})
+    (worker,) = fleet.workers.values()
+    assert fleet.holders("m", (chain(1), chain(2))) == {worker: 128}
+    link.draining = True
+    assert fleet.holders("m", (chain(1),)) == {}, "it takes no requests"
+    link.draining = False
+    up(fleet, record(boot=2))
+    assert fleet.holders("m", (chain(1),)) == {}, "a new link begins with nothing"
+    fleet.on_prefix(as_link(StandInLink(b"z" * 32)), {"add": chain(1)})
+    assert len(fleet.prefixes) == 0
+
+
+@pytest.mark.parametrize("fields", [{"add": b"123"}, {"add": 7}, {"del": "x" * 8}, {"new": "yes"}])
+def test_odd_prefixes_are_a_protocol_error(fleet: Fleet, fields: dict[str, Any]) -> None:
+    link = up(fleet, record())
+    with pytest.raises(ProtocolError):
+        fleet.on_prefix(as_link(link), fields)
+
+
+@pytest.mark.parametrize("odd", [{"pre": -1}, {"rate": 1.5}, {"n": "1"}, {"last": None}, {"pre": 10**13}, {"rate": 10**10}])
+def test_odd_prefill_is_a_protocol_error(fleet: Fleet, odd: dict[str, Any]) -> None:
+    link = up(fleet, record())
+    with pytest.raises(ProtocolError):
+        fleet.on_load(as_link(link), {"run": 0, "wait": 0, "yours": 0, **odd})
+
+
+def test_backlog_that_was_told_flows_off_and_what_was_sent_since_comes_on_top() -> None:
+    fleet = Fleet(on_record=lambda record: None, clock=StoppedClock(50.0))
+    link = up(fleet, record())
+    (worker,) = fleet.workers.values()
+    worker.sent(1, 3_000)
+    worker.sent(3, 500)
+    assert worker.queued_tokens(50.0) == 3_500
+    fleet.on_load(as_link(link), {"run": 1, "wait": 0, "yours": 1, "n": 4, "pre": 10_000, "rate": 2_000, "last": 1})
+    assert (worker.load_number, worker.rate) == (4, 2_000)
+    assert worker.queued_tokens(50.0) == 10_500
+    assert worker.queued_tokens(52.0) == 6_500
+    assert worker.queued_tokens(500.0) == 500
+    worker.settled(1)
+    worker.settled(3)
+    worker.settled(3)
+    assert worker.queued_tokens(500.0) == 0
+
+
+def test_tokens_of_a_text_are_learned_for_each_model(fleet: Fleet) -> None:
+    assert fleet.tokens("m", 4_000) == 1_000
+    for _ in range(5):
+        fleet.learn("m", 4_000, 2_000)
+    assert fleet.tokens("m", 4_000) == 2_000
+    assert fleet.tokens("n", 4_000) == 1_000
+    fleet.learn("n", 1, 10**9)
+    assert fleet.tokens("n", 100) == 200, "nonsense has bounds"
+
+
+def test_choices_and_cached_tokens_are_counted(fleet: Fleet) -> None:
+    metrics = Metrics(fleet, directory=dict)
+    metrics.choices["prefix"] += 2
+    metrics.cached_tokens["counted"] += 70
+    metrics.rerouted += 3
+    text = metrics.render().decode()
+    for line in (
+        'infermesh_choices_total{reason="prefix"} 2.0',
+        'infermesh_cached_tokens_total{kind="counted"} 70.0',
+        "infermesh_rerouted_total 3.0",
+        "infermesh_prefix_hashes 0.0",
+    ):
+        assert line in text

@@ -175,3 +175,19 @@ def test_answers_are_told_apart_by_task() -> None:
     assert not is_answer(Task.EMBEDDINGS, chat)
     assert is_answer(Task.EMBEDDINGS, vectors)
     assert is_answer(Task.RESPONSES, b'{"output": [{}]}')
+
+
+def test_room_of_vllms_cache_is_its_blocks_times_their_size_over_all_cores() -> None:
+    info = 'vllm:cache_config_info{block_size="16",engine="%d",num_gpu_blocks="%s",sliding_window="None"} 1.0\n'
+    load = parse_vllm_load(VLLM_METRICS + info % (0, "1000") + info % (1, "500"))
+    assert load is not None
+    assert load.kv_tokens == 24_000
+
+
+@pytest.mark.parametrize(
+    "odd", ['block_size="x",num_gpu_blocks="5"', 'block_size="16"', 'block_size="16",num_gpu_blocks="-4"', 'block_size="16', ""]
+)
+def test_odd_room_is_passed_over(odd: str) -> None:
+    load = parse_vllm_load(VLLM_METRICS + "vllm:cache_config_info{" + odd + "} 1\n")
+    assert load is not None
+    assert load.kv_tokens is None

@@ -1,0 +1,105 @@
+"""Documents: what the mesh's operators say, for long: endpoints, model versions, limits, revocations. Pure.
+
+A document is an envelope signed by an issuer that may sign documents. Its ``seq`` counts its versions from 1, and each version names the
+digest of the one before, so a lost update or a rollback shows. At most 64 KiB of body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from mesh.claims import check_time, read_bytes, read_int, read_number, read_str
+from mesh.envelope import MAX_ENVELOPE_BYTES, seal
+from mesh.errors import MalformedEnvelope
+from mesh.records import directory_key
+from mesh.trust import Purpose, Trust
+
+DOCUMENT_DOMAIN = "infermesh/document"
+MAX_BODY_BYTES = 64 * 1024
+DIGEST_BYTES = 32
+NEVER = 0.0
+"""An ``expires`` that does not come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One version. ``previous`` is the digest of the version before, empty for the first. Times are wall-clock seconds."""
+
+    kind: str
+    name: str
+    seq: int
+    previous: bytes
+    issued: float
+    body: bytes
+    expires: float = NEVER
+    signed: bytes = b""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the signed bytes."""
+        return hashlib.sha256(self.signed).digest()
+
+    @property
+    def key(self) -> bytes:
+        return document_key(self.kind, self.name)
+
+    def alive(self, now: float) -> bool:
+        return self.expires == NEVER or now < self.expires
+
+
+def document_key(kind: str, name: str) -> bytes:
+    """Where a document is found."""
+    return directory_key("document", f"{kind}/{name}")
+
+
+def next_version(former: Document | None, *, kind: str, name: str, body: bytes, now: float, expires: float = NEVER) -> Document:
+    """The version that follows ``former``, still to be sealed: the compare of compare-and-swap is in ``previous``."""
+    return Document(
+        kind=kind,
+        name=name,
+        seq=1 if former is None else former.seq + 1,
+        previous=b"" if former is None else former.digest,
+        issued=now,
+        body=body,
+        expires=expires,
+    )
+
+
+def seal_document(document: Document, issuer: Ed25519PrivateKey, kid: str) -> Document:
+    """Sign with an issuer's key; returns the document with ``signed`` filled in. Raises `MalformedEnvelope` if it is too large."""
+    if len(document.body) > MAX_BODY_BYTES:
+        raise MalformedEnvelope(f"a document has at most {MAX_BODY_BYTES} bytes, this one {len(document.body)}")
+    document = replace(document, issued=float(int(document.issued)), expires=float(int(document.expires)))
+    payload = {
+        "kind": document.kind,
+        "name": document.name,
+        "seq": document.seq,
+        "prev": document.previous,
+        "iat": int(document.issued),
+        "exp": int(document.expires),
+        "body": document.body,
+    }
+    return replace(document, signed=seal(DOCUMENT_DOMAIN, kid.encode("ascii"), issuer, payload))
+
+
+def parse_document(data: bytes, trust: Trust, *, now: float) -> Document:
+    """Verify a document from anywhere. Raises a `TrustError`. One that has expired is still a document: see `Document.alive`."""
+    _, opened = trust.open(DOCUMENT_DOMAIN, data, Purpose.DOCUMENT, now=now, max_bytes=MAX_ENVELOPE_BYTES)
+    payload = opened.payload
+    document = Document(
+        kind=read_str(payload, "kind", max_len=32),
+        name=read_str(payload, "name", max_len=128),
+        seq=read_int(payload, "seq", low=1),
+        previous=read_bytes(payload, "prev", max_len=DIGEST_BYTES),
+        issued=read_number(payload, "iat"),
+        body=read_bytes(payload, "body", max_len=MAX_BODY_BYTES),
+        expires=read_number(payload, "exp"),
+        signed=data,
+    )
+    if len(document.previous) != (DIGEST_BYTES if document.seq > 1 else 0):
+        raise MalformedEnvelope("a document's first version has no predecessor, every other names its own")
+    check_time("the document", not_before=document.issued, expires=float("inf"), now=now)
+    return document
