@@ -60,7 +60,7 @@ def test_existing_mesh_is_never_overwritten(folder: Path) -> None:
 
 def test_keys_and_nodes_have_issuers_of_their_own(folder: Path) -> None:
     may = {issuer.kid: set(issuer.may) for issuer in open_mesh(folder).keyset.issuers}
-    assert may == {"keys-1": {"key", "invite"}, "nodes-1": {"node"}}
+    assert may == {"keys-1": {"key", "invite", "document"}, "nodes-1": {"node"}}
 
 
 def test_minted_key_verifies(folder: Path) -> None:
