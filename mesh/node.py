@@ -1,4 +1,4 @@
-"""What nodes have in common: a record that is kept fresh in the directory and, for proxies and workers, links to the other side.
+"""What nodes have in common: a record that is kept fresh in the directory and, for proxies and workers, links to others.
 
 A node's record is signed again every quarter of its life and whenever something changes; the new one goes over every link at once, which
 is how a worker becomes routable within milliseconds, and into the directory, which is how strangers find it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -148,7 +148,7 @@ class Announcer:
 
 
 class MeshNode:
-    """A proxy's or worker's place in the mesh: its record and its links. ``counterpart`` is the role it links with."""
+    """A proxy's or worker's place in the mesh: its record and its links. ``links_with`` says which roles it finds and links with."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class MeshNode:
         directory: Directory,
         owner: PeersOwner,
         *,
-        counterpart: Role,
+        links_with: Iterable[Role],
         about: Callable[[], About],
         state_dir: Path,
         record_ttl_s: float,
@@ -166,7 +166,7 @@ class MeshNode:
         links: LinkConfig | None = None,
     ) -> None:
         self._directory = directory
-        self._counterpart = counterpart
+        self._links_with = frozenset(links_with)
         self._announcer = Announcer(
             identity,
             directory,
@@ -181,7 +181,7 @@ class MeshNode:
             identity,
             TlsContexts(identity, state_dir),
             owner,
-            accept=frozenset({counterpart}),
+            accept=self._links_with,
             record=self._announcer.record,
             members=MembershipCache(identity.trust),
             clock=clock,
@@ -203,10 +203,11 @@ class MeshNode:
         return await self.peers.listen(host, port)
 
     def start(self) -> None:
-        """Begin to publish, to find the other side and to keep links with it. The directory has been started by the caller."""
+        """Begin to publish, to find those it links with and to keep links with them. The directory has been started by the caller."""
         self.peers.start()
         self._announcer.start()
-        self._directory.watch(self._counterpart, self.peers.want, interval_s=WATCH_S)
+        for role in sorted(self._links_with):
+            self._directory.watch(role, self.peers.want, interval_s=WATCH_S)
 
     async def stop(self) -> None:
         """Say good-bye, over the links and in the directory, then close the links."""

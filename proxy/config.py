@@ -21,7 +21,7 @@ class ProxyConfig(NodeConfig):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"wan": {"first_byte_timeout_s": 60.0}}
 
     port: int = setting(8080, metavar="PORT", help="Port of the OpenAI API; 0 takes any free one.")
-    link_port: int = setting(0, metavar="PORT", help="Port where workers that only dial out reach this proxy; 0 takes any.")
+    link_port: int = setting(0, metavar="PORT", help="Port where other proxies, and workers that only dial out, reach this; 0 takes any.")
     tls_cert: Path | None = setting(None, metavar="FILE", help="Certificate chain (PEM) of the API; reloaded when it changes.")
     tls_key: Path | None = setting(None, metavar="FILE", help="Private key (PEM) of that certificate.")
     processes: int = setting(

@@ -13,10 +13,10 @@ import structlog
 from mesh.claims import read_int, read_number
 from mesh.clock import Clock, SystemClock
 from mesh.errors import MalformedEnvelope, ProtocolError
+from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.prefix import Chain, parse_news, text_bytes
 from mesh.records import Record, State
-from mesh.trust import Role
 from proxy.prefixes import PrefixIndex
 
 log = structlog.get_logger(__name__)
@@ -100,7 +100,7 @@ class Worker:
 
 
 class Fleet:
-    """Implements `mesh.link.peers.PeersOwner` for a proxy."""
+    """Implements `mesh.link.peers.PeersOwner` for a proxy's workers."""
 
     def __init__(self, *, on_record: Callable[[Record], None], clock: Clock | None = None) -> None:
         self.workers: dict[bytes, Worker] = {}
@@ -142,11 +142,10 @@ class Fleet:
     # -- PeersOwner
 
     def on_up(self, link: Link, record: Record) -> None:
-        if record.role == Role.WORKER:
-            self._forget(self.workers.get(record.node_id))
-            worker = self.workers[record.node_id] = Worker(link, record)
-            self.prefixes.join(worker, now=self._clock.monotonic())
-            self._index()
+        self._forget(self.workers.get(record.node_id))
+        worker = self.workers[record.node_id] = Worker(link, record)
+        self.prefixes.join(worker, now=self._clock.monotonic())
+        self._index()
         self._on_record(record)
 
     def on_down(self, link: Link, reason: str) -> None:
@@ -192,6 +191,9 @@ class Fleet:
 
     def on_drain(self, link: Link) -> None:
         self._index()
+
+    def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        pass  # said between proxies
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         raise ProtocolError("a proxy serves no streams")

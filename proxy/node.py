@@ -23,6 +23,7 @@ from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.metrics import Metrics
+from proxy.peers import ByRole, Proxies
 from proxy.processes import run_processes
 from proxy.server import HttpServer
 from proxy.views import Views
@@ -43,7 +44,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     identity = await open_identity(config, Role.PROXY, clock)
     bootstraps = known_bootstraps(config)
     directory = Directory(identity, bootstraps=bootstraps, state_dir=config.state_dir, clock=clock, rng=rng)
-    fleet = Fleet(on_record=directory.observe)
+    fleet, proxies = Fleet(on_record=directory.observe), Proxies(on_record=directory.observe)
     state = State.JOINING
     api = ""
 
@@ -53,8 +54,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     node = MeshNode(
         identity,
         directory,
-        fleet,
-        counterpart=Role.WORKER,
+        ByRole({Role.WORKER: fleet, Role.PROXY: proxies}),
+        links_with=(Role.WORKER, Role.PROXY),
         about=about,
         state_dir=config.state_dir,
         record_ttl_s=RECORD_TTL_S,
@@ -62,7 +63,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         clock=clock,
         rng=rng,
     )
-    views = Views(fleet, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
+    views = Views(fleet, proxies, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
     explainer = Explainer(fleet, directory, views, identity=identity, clock=clock)
     metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
     gate = Gate(identity.trust, clock=clock, region=config.region)
@@ -76,7 +77,6 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         api = _base_url(config, port)
         state = State.READY
         node.start()
-        directory.watch(Role.PROXY, _nothing, interval_s=WATCH_S)
         directory.watch(Role.BOOTSTRAP, _nothing, interval_s=WATCH_S)
         announce(config, node_id=identity.node_id, addresses=node.addresses, api=api)
         log.info("proxy.listening", api=api, links=node.addresses[0], id=identity.node_id.hex()[:12])

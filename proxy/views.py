@@ -10,13 +10,15 @@ from mesh.directory import Directory
 from mesh.records import Record, State, newest
 from mesh.trust import Role
 from proxy.fleet import Fleet
+from proxy.peers import Proxies
 
 
 class Views:
     """JSON-ready answers. Reads only what is in memory."""
 
-    def __init__(self, fleet: Fleet, directory: Directory, *, own: Callable[[], Record], mesh: str, clock: Clock) -> None:
+    def __init__(self, fleet: Fleet, proxies: Proxies, directory: Directory, *, own: Callable[[], Record], mesh: str, clock: Clock) -> None:
         self._fleet = fleet
+        self._proxies = proxies
         self._directory = directory
         self._own = own
         self._mesh = mesh
@@ -42,11 +44,16 @@ class Views:
                 "draining": draining,
                 "models": sorted(self._fleet.models()),
             },
-            "proxies": [_node(record) for record in newest([*self.records(Role.PROXY), self._own()], now=self._clock.wall()).values()],
+            "proxies": self._all_proxies(),
             "bootstraps": [_node(record) for record in self.records(Role.BOOTSTRAP)],
             "workers": self.workers(),
             "directory": self._directory.stats(),
         }
+
+    def _all_proxies(self) -> list[dict[str, Any]]:
+        """Every proxy, this one too; ``linked`` is what this one has a link to."""
+        records = newest([*self.records(Role.PROXY), self._own()], now=self._clock.wall()).values()
+        return [_node(record) | {"linked": record.node_id in self._proxies.linked} for record in records]
 
     def record_ages(self) -> dict[str, list[float]]:
         """By role, how many seconds ago each live record of the directory's view was signed, by the mesh's clock."""

@@ -15,6 +15,7 @@ from mesh.directory import Directory
 from mesh.enrol import keep_renewed, known_bootstraps, open_identity
 from mesh.errors import ProtocolError
 from mesh.identity import IdentityStore
+from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.node import About, MeshNode
 from mesh.records import Record
@@ -93,7 +94,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             identity,
             directory,
             _Links(gateway, pusher),
-            counterpart=Role.PROXY,
+            links_with=(Role.PROXY,),
             about=describe,
             state_dir=config.state_dir,
             record_ttl_s=config.record_ttl_s,
@@ -186,6 +187,9 @@ class _Links:
 
     def on_drain(self, link: Link) -> None:
         pass
+
+    def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        pass  # said to proxies
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         self._gateway.open(stream, head)

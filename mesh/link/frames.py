@@ -48,6 +48,10 @@ class Frame(IntEnum):
     PREFIX = 16
 
 
+LINK_CONTROL = frozenset({Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX})
+"""Control frames of the link itself that come after HELLO."""
+
+
 def encode_frame(kind: int, stream: int, payload: bytes | bytearray = b"") -> bytes:
     """One frame. ``payload`` is at most `MAX_PAYLOAD_BYTES`."""
     if len(payload) > MAX_PAYLOAD_BYTES:

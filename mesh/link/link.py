@@ -20,6 +20,7 @@ from mesh.errors import MeshError, Overloaded, ProtocolError, WorkerLost
 from mesh.identity import Peer
 from mesh.link.errors import encode_error, parse_error
 from mesh.link.frames import (
+    LINK_CONTROL,
     MAX_PAYLOAD_BYTES,
     Frame,
     FrameReader,
@@ -269,7 +270,7 @@ class Link(asyncio.Protocol):
                 raise ProtocolError("a second HELLO")
             self.hello = parse_control(payload)
             self._owner.on_hello(self, self.hello)
-        elif kind in (Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX):
+        elif kind in LINK_CONTROL:
             if self.hello is None:
                 raise ProtocolError("control before HELLO")
             self._owner.on_control(self, Frame(kind), parse_control(payload))

@@ -59,6 +59,10 @@ class PeersOwner(Protocol):
 
     def on_drain(self, link: Link) -> None: ...
 
+    def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        """Any other control frame: what only some roles have to say to each other."""
+        ...
+
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None: ...
 
 
@@ -247,6 +251,8 @@ class Peers:
         elif kind == Frame.DRAIN:
             link.draining = True
             self._owner.on_drain(link)
+        else:
+            self._owner.on_frame(link, kind, fields)
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         self._owner.on_open(stream, head)

@@ -156,3 +156,32 @@ async def test_processes_share_a_port_and_one_that_dies_is_started_again(small: 
 
     await until(back, what="the killed process to be back under its own identity")
     assert await several.terminate() == 0
+
+
+async def test_proxies_link_with_each_other_also_those_of_one_machine_that_share_a_port(deployment: Deployment) -> None:
+    await deployment.bootstrap()
+    first = await deployment.proxy("p1")
+    shared = await deployment.proxy("p2", "--processes", "2", uses=2)
+    key = deployment.key()
+    everyone = {first.id, *(process["id"] for process in shared.about["processes"])}
+
+    async def linked() -> bool:
+        _, status = await deployment.get(f"{first.root}/mesh/v1/status", key)
+        return {entry["id"] for entry in status["proxies"] if entry["linked"]} == everyone - {first.id}
+
+    async def linked_among_themselves() -> bool:
+        seen = {}
+        for _ in range(20):  # whichever process takes the connection
+            async with deployment.http.get(
+                f"{shared.root}/mesh/v1/status", headers={"Authorization": f"Bearer {key}", "Connection": "close"}
+            ) as response:
+                status = await response.json()
+                seen[status["proxy"]["id"]] = {entry["id"] for entry in status["proxies"] if entry["linked"]}
+        return set(seen) == everyone - {first.id} and all(others == everyone - {one} for one, others in seen.items())
+
+    await until(linked, what="one proxy to link with both processes of the other")
+    await until(linked_among_themselves, what="the processes to link with each other")
+    async with deployment.http.post(
+        f"{first.api}/chat/completions", json=chat_body(), headers={"Authorization": f"Bearer {key}"}
+    ) as response:
+        assert response.status == 404, "no proxy is taken for a worker"

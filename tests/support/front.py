@@ -28,6 +28,7 @@ from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.metrics import Metrics
+from proxy.peers import Proxies
 from proxy.server import HttpServer
 from proxy.views import Views
 from tests.support.answers import Answer, read_answer
@@ -150,7 +151,7 @@ class Front:
         directory = cast(Directory, self.directory)
         self.metrics = Metrics(self.fleet, directory=directory.stats)
         self.config = ProxyConfig(home=folder, host="127.0.0.1", port=0, **settings)
-        views = Views(self.fleet, directory, own=lambda: own, mesh="test", clock=self.clock)
+        views = Views(self.fleet, Proxies(on_record=lambda record: None), directory, own=lambda: own, mesh="test", clock=self.clock)
         identity = mesh.identity(Role.PROXY, now=self.clock.wall())
         self.app = App(
             self.config,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mesh.errors import MeshError
 from mesh.identity import ALPN, Identity, Peer, TlsContexts
 from mesh.link.frames import Frame, encode_control
 from mesh.link.link import IncomingStream, Link
-from mesh.link.peers import LinkConfig, Peers
+from mesh.link.peers import LinkConfig, Peers, PeersOwner
 from mesh.membership import MembershipCache
 from mesh.records import ModelEntry, Record, State, seal_record
 from mesh.trust import Role
@@ -397,8 +397,14 @@ class Room:
         read_str(fields, "any", default="")
         self.loads.append(fields)
 
+    def on_prefix(self, link: Link, fields: dict[str, Any]) -> None:
+        pass
+
     def on_drain(self, link: Link) -> None:
         self.drains += 1
+
+    def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        pass
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         self.opened.append(stream)
@@ -408,7 +414,15 @@ class Party:
     """One node's `Peers`, with a real identity and real records, on a `StreamLoop`."""
 
     def __init__(
-        self, loop: StreamLoop, identity: Identity, directory: Path, *, accept: Role, boot: int = 1, config: LinkConfig | None = None
+        self,
+        loop: StreamLoop,
+        identity: Identity,
+        directory: Path,
+        *,
+        accept: Iterable[Role],
+        boot: int = 1,
+        config: LinkConfig | None = None,
+        owner: PeersOwner | None = None,
     ) -> None:
         self.identity = identity
         self.clock = VirtualClock(loop)
@@ -424,8 +438,8 @@ class Party:
         self.peers = Peers(
             identity,
             tls,
-            self.room,
-            accept=frozenset({accept}),
+            owner or self.room,
+            accept=frozenset(accept),
             record=self.record,
             members=MembershipCache(identity.trust),
             clock=self.clock,

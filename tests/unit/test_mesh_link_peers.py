@@ -44,7 +44,7 @@ class Stage:
         """A proxy or a worker, listening at ``host`` unless None. The same name again is the same node restarted."""
         identity = IDENTITIES[name]
         accept = Role.WORKER if identity.role == Role.PROXY else Role.PROXY
-        party = Party(self.loop, identity, self.folder / f"{name}{boot}", accept=accept, boot=boot, config=config)
+        party = Party(self.loop, identity, self.folder / f"{name}{boot}", accept=(accept,), boot=boot, config=config)
         return await party.start(host)
 
     async def until(self, true: Callable[[], object], *, within_s: float = 60.0) -> float:
@@ -330,7 +330,7 @@ def test_bad_hello_ends_the_connection_before_anybody_hears_of_it(play: Play, na
     async def scenario(stage: Stage) -> None:
         proxy, worker = await stage.node("proxy", "10.0.0.1"), await stage.node("worker", "10.0.0.2")
         second = await stage.node("second", "10.0.0.3")
-        foreign = Party(stage.loop, OTHER_MESH.identity(Role.WORKER, now=WALL_START), stage.folder / "foreign", accept=Role.PROXY)
+        foreign = Party(stage.loop, OTHER_MESH.identity(Role.WORKER, now=WALL_START), stage.folder / "foreign", accept=(Role.PROXY,))
         hellos = bad_hellos(worker, second, foreign)
         assert list(hellos) == HELLO_NAMES
         link, raw, raw_end = raw_peer(proxy, worker)

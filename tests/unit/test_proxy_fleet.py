@@ -17,6 +17,7 @@ from mesh.records import Capability, Load, ModelEntry, Record, State
 from mesh.trust import Role
 from proxy.fleet import Fleet
 from proxy.metrics import Metrics
+from proxy.peers import Proxies
 from proxy.views import Views
 from tests.support.clocks import StoppedClock
 
@@ -185,7 +186,9 @@ def test_worker_may_not_open_streams(fleet: Fleet) -> None:
 
 def views(fleet: Fleet, directory: KnownRecords) -> Views:
     own = record("p", role=Role.PROXY, api="http://127.0.0.1:8080/v1")
-    return Views(fleet, cast(Directory, directory), own=lambda: own, mesh="test", clock=StoppedClock(NOW))
+    return Views(
+        fleet, Proxies(on_record=lambda record: None), cast(Directory, directory), own=lambda: own, mesh="test", clock=StoppedClock(NOW)
+    )
 
 
 def test_models_are_those_of_linked_workers_and_of_ready_records(fleet: Fleet) -> None:

@@ -1,0 +1,103 @@
+"""Whose links are whose: workers are the fleet's, other proxies are here.
+
+Proxies are linked each with each. What they tell one another (limits, revocations) is small and seldom, so a link costs little more than
+its heartbeat; nothing on a request's path waits for another proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mesh.errors import InvalidRequest, ProtocolError
+from mesh.link.frames import Frame
+from mesh.link.link import IncomingStream, Link
+from mesh.link.peers import PeersOwner
+from mesh.records import Record, State
+from mesh.trust import Role
+
+
+class ByRole:
+    """Implements `mesh.link.peers.PeersOwner` for a proxy: what a link brings goes to whoever owns peers of that role."""
+
+    def __init__(self, owners: Mapping[Role, PeersOwner]) -> None:
+        self._owners = owners
+
+    def on_up(self, link: Link, record: Record) -> None:
+        self._owner(link).on_up(link, record)
+
+    def on_down(self, link: Link, reason: str) -> None:
+        self._owner(link).on_down(link, reason)
+
+    def on_record(self, link: Link, record: Record) -> None:
+        self._owner(link).on_record(link, record)
+
+    def on_load(self, link: Link, fields: dict[str, Any]) -> None:
+        self._owner(link).on_load(link, fields)
+
+    def on_prefix(self, link: Link, fields: dict[str, Any]) -> None:
+        self._owner(link).on_prefix(link, fields)
+
+    def on_drain(self, link: Link) -> None:
+        self._owner(link).on_drain(link)
+
+    def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        self._owner(link).on_frame(link, kind, fields)
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        self._owner(stream.link).on_open(stream, head)
+
+    def _owner(self, link: Link) -> PeersOwner:
+        assert link.peer is not None
+        return self._owners[link.peer.role]
+
+
+@dataclass(slots=True, eq=False)
+class Proxy:
+    """A linked proxy and its newest record."""
+
+    link: Link
+    record: Record
+
+    @property
+    def serving(self) -> bool:
+        return self.record.state == State.READY and not self.link.draining
+
+
+class Proxies:
+    """Implements `mesh.link.peers.PeersOwner` for a proxy's links to other proxies."""
+
+    def __init__(self, *, on_record: Callable[[Record], None]) -> None:
+        self.linked: dict[bytes, Proxy] = {}
+        self._on_record = on_record
+
+    def on_up(self, link: Link, record: Record) -> None:
+        self.linked[record.node_id] = Proxy(link, record)
+        self._on_record(record)
+
+    def on_down(self, link: Link, reason: str) -> None:
+        proxy = self.linked.get(link.node_id)
+        if proxy is not None and proxy.link is link:
+            del self.linked[link.node_id]
+
+    def on_record(self, link: Link, record: Record) -> None:
+        proxy = self.linked.get(link.node_id)
+        if proxy is not None and record.order > proxy.record.order:
+            proxy.record = record
+        self._on_record(record)
+
+    def on_load(self, link: Link, fields: dict[str, Any]) -> None:
+        raise ProtocolError("a proxy has no load")
+
+    def on_prefix(self, link: Link, fields: dict[str, Any]) -> None:
+        raise ProtocolError("a proxy holds no prefixes")
+
+    def on_drain(self, link: Link) -> None:
+        pass
+
+    def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
+        pass
+
+    def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        stream.fail(InvalidRequest("a proxy serves no requests of other proxies"))
