@@ -74,6 +74,7 @@ class Attempt:
             return await self._done
         finally:
             stream.cancel()
+            self._stream = None  # each would keep the other, and all that the request had, until the cycle collector comes
             if self._tokens:
                 self.worker.settled(stream.number)
             if self._draining is not None:

@@ -6,11 +6,13 @@ Workers are linked in memory: scripts, or a real gateway over the stand-in engin
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import random
 import ssl
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -498,6 +500,29 @@ async def test_random_bytes_never_get_more_than_refusals(front: Front, seed: int
         assert first[:3] in (b"200", b"400", b"401", b"404", b"405", b"403", b"413", b"100")
     assert len(worker.heads) <= 1
     assert (await get(front, "/health")).status == 200
+
+
+@pytest.mark.parametrize("serve", [whole, streaming])
+async def test_finished_requests_leave_nothing_to_the_cycle_collector(front: Front, serve: Any) -> None:
+    """Garbage in cycles costs a walk over everything that lives, again and again, and stalls every stream meanwhile."""
+    await front.worker(serve)
+    wire, request = await front.connect(), post(CHAT, chat(), front.key())
+    await wire.send(request)
+    await wire.answer()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(20):
+            await wire.send(request)
+            assert (await wire.answer()).complete
+        gc.collect()
+        left = Counter(type(thing).__name__ for thing in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not [name for name, count in left.items() if count >= 20], left
 
 
 async def test_half_a_request_and_a_closed_connection_leave_nothing_behind(front: Front) -> None:
