@@ -13,6 +13,8 @@
     ├── RequestError                a request cannot be served; the client did it
     │   ├── InvalidRequest          the body or a parameter is wrong
     │   ├── BodyTooLarge
+    │   ├── HeadersTooLarge
+    │   ├── SlowRequest             it did not arrive in time
     │   ├── InvalidKey              no key, or one that does not hold
     │   ├── KeyNotAllowed           a good key that may not do this
     │   ├── ModelNotFound
@@ -22,6 +24,7 @@
     │   ├── RateLimited             a limit of the key or project is reached
     │   ├── Overloaded              every queue that could take it is full
     │   │   └── Rerouted            (between proxy and worker) the worker has more to do than the proxy knew
+    │   ├── NoRoom                  too many connections, or too much in memory
     │   └── NoWorker                nobody ready serves the model
     ├── WorkerError                 a worker or its engine failed
     │   ├── WorkerLost              the link to it broke
@@ -42,6 +45,8 @@ Messages are for people: they say what was wrong and what to do next, and never 
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class MeshError(Exception):
@@ -131,6 +136,18 @@ class BodyTooLarge(RequestError):
     code = "body_too_large"
 
 
+class HeadersTooLarge(RequestError):
+    """The request's headers are too large or too many."""
+
+    code = "headers_too_large"
+
+
+class SlowRequest(RequestError):
+    """The request did not arrive in time."""
+
+    code = "request_timeout"
+
+
 class InvalidKey(RequestError):
     """The API key is missing or does not hold."""
 
@@ -160,6 +177,10 @@ class MethodNotAllowed(RequestError):
 
     code = "method_not_allowed"
 
+    def __init__(self, message: str = "", *, allow: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.allow = tuple(allow)
+
 
 class CapacityError(MeshError):
     """The request cannot be served right now."""
@@ -183,6 +204,12 @@ class Rerouted(Overloaded):
     """The worker has more to do than the proxy knew; it may find a better one."""
 
     code = "rerouted"
+
+
+class NoRoom(CapacityError):
+    """This proxy has as many connections, or as much in memory, as it may; try another, or again shortly."""
+
+    code = "no_room"
 
 
 class NoWorker(CapacityError):

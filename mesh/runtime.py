@@ -12,6 +12,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -40,11 +41,24 @@ NODE_FILE = "node.json"
 def run(main: Main, config: NodeConfig) -> int:
     """Run one node until it ends or is told to. Returns its exit code: 0 done, 1 failed, 2 wrong settings."""
     logs.configure(level=config.log_level, json=config.log_format == "json")
+    raise_file_limit()
     try:
         with sole_owner(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_supervise(main, config.drain_s + CLOSING_S))
     except Exception as error:
         return _report(error)
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system lets this process have: a node holds a connection for every peer and every client."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def file_limit() -> int:
+    """How many files this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _settle_memory() -> None:

@@ -14,11 +14,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
-from aiohttp import StreamReader, web
+from aiohttp import web
 
 from mesh.apikey import ApiKey, KeyRole
 from mesh.errors import (
-    BodyTooLarge,
     InvalidRequest,
     MeshError,
     MethodNotAllowed,
@@ -28,6 +27,7 @@ from mesh.errors import (
     Rerouted,
     RouteNotFound,
 )
+from proxy.body import Bodies
 from proxy.config import ProxyConfig
 from proxy.downstream import Downstream
 from proxy.explain import Explainer
@@ -70,6 +70,7 @@ class App:
         self._rng = rng
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
+        self.bodies = Bodies(most_bytes=config.max_body_bytes, room_bytes=config.max_bodies_bytes, patience_s=config.body_timeout_s)
         self._attempts: set[Attempt] = set()
         self._created = int(time.time())
         self.draining = False
@@ -128,9 +129,10 @@ class App:
             methods = {"GET": self._model}
         if methods is None:
             raise RouteNotFound(f"There is no {request.method} {path[:128]} here")
-        handler = methods.get(request.method)
+        handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler is None:
-            raise MethodNotAllowed(f"{path[:128]} takes {' or '.join(methods)}, not {request.method[:16]}")
+            allow = [*methods, "HEAD"] if "GET" in methods else methods
+            raise MethodNotAllowed(f"{path[:128]} takes {' or '.join(allow)}, not {request.method[:16]}", allow=allow)
         return handler
 
     # -- looking
@@ -193,10 +195,12 @@ class App:
         started, path = time.monotonic(), request.path
         task, model = TASKS[path], ""
         code = "cancelled"
+        body: bytes | bytearray = b""
         self._enter()
         try:
             key = self._authenticate(request)
-            call = parse_call(path, await self._read_body(request))
+            body = await self.bodies.read(request)
+            call = parse_call(path, body)
             self._gate.authorize(key, call.model)
             if not self._fleet.candidates(call.model, call.task):
                 raise self._nobody(call)
@@ -217,6 +221,7 @@ class App:
             raise
         finally:
             self._leave()
+            self.bodies.release(body)
             self._metrics.requests(model, task, code).inc()
             if model:
                 self._metrics.duration(model).observe(time.monotonic() - started)
@@ -305,36 +310,6 @@ class App:
 
     def _authenticate(self, request: web.BaseRequest) -> ApiKey:
         return self._gate.authenticate(request.headers.get("Authorization"))
-
-    async def _gather(self, content: StreamReader, limit: int) -> bytearray:
-        """A body that comes in pieces, gathered as it comes: joining or copying a large one at the end would stall every stream."""
-        body = bytearray()
-        while piece := await content.readany():
-            body += piece
-            if len(body) > limit:
-                raise self._too_large()
-        return body
-
-    async def _read_body(self, request: web.BaseRequest) -> bytes | bytearray:
-        headers, limit, content = request.headers, self._config.max_body_bytes, request.content
-        if "Content-Encoding" in headers and headers["Content-Encoding"].lower() != "identity":
-            raise InvalidRequest("Send the body without Content-Encoding")
-        if content.is_eof() and content.exception() is None and content.total_bytes <= limit:
-            return content.read_nowait()  # it came together with the head: the usual case
-        if (request.content_length or 0) > limit:
-            raise self._too_large()
-        if headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
-            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            async with asyncio.timeout(self._config.body_timeout_s):
-                return await self._gather(content, limit)
-        except TimeoutError:
-            raise InvalidRequest("The request body did not arrive in time") from None
-        except web.RequestPayloadError:
-            raise InvalidRequest("The request body is not valid HTTP") from None
-
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The request body is larger than the {self._config.max_body_bytes} bytes allowed here")
 
     def _nobody(self, call: Call) -> MeshError:
         """Why no linked worker can take a call: 404 for a model nobody serves, 400 for one that cannot do what is asked, else 503."""

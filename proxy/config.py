@@ -35,6 +35,15 @@ class ProxyConfig(NodeConfig):
     request_timeout_s: float = setting(
         600.0, metavar="TIME", help="How long an answer may take to begin, however much progress is reported."
     )
+    max_bodies_bytes: int = setting(2 << 30, metavar="SIZE", help="Request bodies in memory at once, all together.")
+    max_head_bytes: int = setting(64 << 10, metavar="SIZE", help="Largest head of a request taken.")
+    max_headers: int = setting(128, metavar="N", help="Most headers of a request taken.")
+    max_connections: int = setting(16384, metavar="N", help="Clients' connections at once; when all are taken, an idle one is closed.")
+    max_connections_per_address: int = setting(
+        0, metavar="N", help="Connections from one address at once; 0: no limit, as behind a balancer, where all come from one."
+    )
+    head_timeout_s: float = setting(15.0, metavar="TIME", help="How long the head of a request may take from its first byte to its last.")
+    idle_timeout_s: float = setting(75.0, metavar="TIME", help="How long a connection may wait for its next request.")
     body_timeout_s: float = setting(60.0, metavar="TIME", help="How long a request body may take to arrive.")
     routing: str = setting("prefix", choices=tuple(POLICIES), help="How a worker is chosen: by cached prefix and load, or more simply.")
     retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
@@ -46,5 +55,12 @@ class ProxyConfig(NodeConfig):
         self.require(self.tls_key is None or self.tls_cert is not None, "tls_key", "needs --tls-cert beside it")
         self.require(1 <= self.processes <= 256, "processes", "must be from 1 to 256")
         self.require(1024 <= self.max_body_bytes <= 4 << 30, "max_body_bytes", "must be from 1KiB to 4GiB")
+        self.require(self.max_bodies_bytes >= self.max_body_bytes, "max_bodies_bytes", "must be at least --max-body")
+        self.require(1024 <= self.max_head_bytes <= 1 << 20, "max_head_bytes", "must be from 1KiB to 1MiB")
+        self.require(8 <= self.max_headers <= 10_000, "max_headers", "must be from 8 to 10000")
+        self.require(self.max_connections >= 1, "max_connections", "must be at least 1")
+        self.require(self.max_connections_per_address >= 0, "max_connections_per_address", "must not be negative")
+        for name in ("head_timeout_s", "idle_timeout_s", "body_timeout_s"):
+            self.require(getattr(self, name) > 0, name, "must be more than zero")
         self.require(self.first_byte_timeout_s > 0, "first_byte_timeout_s", "must be more than zero")
         self.require(0 <= self.retry_limit <= 10, "retry_limit", "must be from 0 to 10")

@@ -27,6 +27,8 @@ PRIORITIES = ("interactive", "standard", "batch")
 SHORT_BYTES = 2 * BLOCK_BYTES
 """A body up to this length has a prompt of at most 256 tokens or so: some milliseconds of a GPU, and not worth the microseconds here."""
 
+MAX_COUNT = 2**31 - 1
+"""No honest number of tokens or answers is beyond it, and some engines' integers end there."""
 
 _ABSENT = msgspec.Raw()
 
@@ -59,6 +61,17 @@ class _Input(_Body, kw_only=True):
     tools: msgspec.Raw = _ABSENT
 
 
+class _Name:
+    """A key of the body's object, each one of its own, so that two of a name are two entries."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+_decode_names = msgspec.json.Decoder(dict[_Name, msgspec.Raw], dec_hook=lambda kind, value: kind(value)).decode
+
 _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     "chat": msgspec.json.Decoder(_Chat),
     "completions": msgspec.json.Decoder(_Completions),
@@ -80,24 +93,32 @@ class Call:
 
 
 def parse_call(path: str, body: bytes | bytearray) -> Call:
-    """Read a request body. Raises `InvalidRequest` naming the parameter."""
+    """Read a request body. Raises `InvalidRequest` naming the parameter.
+
+    A name may stand there once: of two, which one counts depends on who reads, and a key that may use one model must not get another.
+    Some engines even take ``Model`` for ``model``.
+    """
     task = TASKS[path]
     try:
         parsed = _DECODERS[task].decode(body)
+        names = [name.text for name in _decode_names(body)]
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `$.")
         param = where.rstrip("`").split(".")[0].split("[")[0] or _missing(reason)
         raise InvalidRequest(f"The request body is not valid: {error}", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}") from None
+    if len({*map(str.casefold, names)}) != len(names):
+        raise _twice(names)
     if not parsed.model or len(parsed.model) > 256:
         raise InvalidRequest("'model' must name a model; GET /v1/models lists them", param="model")
     if task == "chat" and not parsed.messages:
         raise InvalidRequest("'messages' must hold at least one message", param="messages")
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
         value = getattr(parsed, name)
-        if value is not None and value < (1 if name == "n" else 0):
-            raise InvalidRequest(f"'{name}' is too small: {value}", param=name)
+        if value is not None and not (1 if name == "n" else 0) <= value <= MAX_COUNT:
+            size = "small" if value < MAX_COUNT else "large"
+            raise InvalidRequest(f"'{name}' is too {size}", param=name)
     return Call(task=task, path=path, model=parsed.model, stream=bool(parsed.stream), body=body, parsed=parsed)
 
 
@@ -157,6 +178,12 @@ def model_list(models: Iterable[str], *, created: int) -> dict[str, Any]:
 
 def model_object(name: str, *, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "infermesh"}
+
+
+def _twice(names: list[str]) -> InvalidRequest:
+    folded = [name.casefold() for name in names]
+    name = next(name for name, fold in zip(names, folded, strict=True) if folded.count(fold) > 1)[:64]
+    return InvalidRequest(f"The request body is not valid: '{name}' is given twice", param=name)
 
 
 def _missing(reason: str) -> str | None:

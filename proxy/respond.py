@@ -9,6 +9,7 @@ from aiohttp import web
 from mesh.errors import (
     BodyTooLarge,
     CapacityError,
+    HeadersTooLarge,
     InvalidKey,
     InvalidRequest,
     KeyNotAllowed,
@@ -20,6 +21,7 @@ from mesh.errors import (
     RateLimited,
     RequestError,
     RouteNotFound,
+    SlowRequest,
     UpstreamTimeout,
     WorkerError,
 )
@@ -32,7 +34,9 @@ STATUS: dict[type[MeshError], tuple[int, str]] = {
     ModelNotFound: (404, "invalid_request_error"),
     RouteNotFound: (404, "invalid_request_error"),
     MethodNotAllowed: (405, "invalid_request_error"),
+    SlowRequest: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
+    HeadersTooLarge: (431, "invalid_request_error"),
     RequestError: (400, "invalid_request_error"),
     RateLimited: (429, "rate_limit_error"),
     Overloaded: (429, "rate_limit_error"),
@@ -62,6 +66,8 @@ def error_response(error: MeshError, *, request_id: str) -> web.Response:
         headers["retry-after-ms"] = str(max(1, round(retry_after_s * 1000)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, MethodNotAllowed):
+        headers["allow"] = ", ".join(error.allow)
     body = json.dumps(error_body(error, kind=kind, code=error.code)).encode()
     return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 

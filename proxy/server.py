@@ -1,6 +1,6 @@
 """The listening side: aiohttp's low-level HTTP server, OpenAI-shaped answers to what is not even HTTP, TLS that reloads.
 
-`App` never sees a request that the parser refused; this is where such a one gets its 400.
+`App` never sees a request that the parser refused; such a one gets its 400 from `proxy.connections`.
 """
 
 from __future__ import annotations
@@ -16,42 +16,21 @@ from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_protocol import RequestHandler
 
-from mesh.errors import ConfigError, InvalidRequest, MeshError
+from mesh.errors import ConfigError
+from mesh.runtime import file_limit
 from proxy.app import App
 from proxy.config import ProxyConfig
-from proxy.respond import error_response
+from proxy.connections import ConnectionLimits, Connections, ConnectionServer
 
 log = structlog.get_logger(__name__)
 
 BACKLOG = 4096
-KEEPALIVE_S = 75.0
 TLS_RELOAD_S = 2.0
 CLOSE_S = 0.5
 """What `HttpServer.stop` gives requests that are still running; draining comes before it."""
 MAX_LINE_BYTES = 8190
-MAX_HEADER_BYTES = 32768
-
-
-class _Connection(RequestHandler):
-    """aiohttp's protocol for one client connection, answering in OpenAI's shape."""
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        error: MeshError
-        if status < 500:
-            error = InvalidRequest("This is not a valid HTTP request")
-        else:
-            log.error("http.failed", error=type(exc).__name__ if exc else None)
-            error = MeshError("The proxy failed to handle this request")
-        response = error_response(error, request_id="req_unparsed")
-        response.force_close()
-        return response
-
-
-class _Server(web.Server):
-    def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
+OTHER_FILES = 512
+"""Of the files a process may open, those kept for links, the log and the directory; the rest may be clients' connections."""
 
 
 class HttpServer:
@@ -61,21 +40,25 @@ class HttpServer:
         self._app = app
         self._config = config
         self._runner: web.ServerRunner | None = None
-        self._reloading: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.connections = Connections(_limits(config))
 
     async def start(self) -> int:
         """Listen; returns the port. Raises `ConfigError` if the address or the certificate cannot be used."""
         config = self._config
-        server = _Server(
+        server = ConnectionServer(
+            self.connections,
             self._app.handle,
             request_factory=self._make_request,
             handler_cancellation=True,
             access_log=None,
             logger=logging.getLogger("aiohttp.server"),
-            keepalive_timeout=KEEPALIVE_S,
+            keepalive_timeout=config.idle_timeout_s,
             lingering_time=2.0,
             max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
+            max_field_size=config.max_head_bytes,
+            max_headers=config.max_headers,
+            auto_decompress=False,  # a compressed body is refused, and a bomb in one never opened
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=CLOSE_S)
         await self._runner.setup()
@@ -92,8 +75,9 @@ class HttpServer:
             await site.start()
         except OSError as error:
             raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}", param="port") from None
+        self._tasks.append(asyncio.create_task(self.connections.sweep()))
         if context is not None:
-            self._reloading = asyncio.create_task(self._reload(context))
+            self._tasks.append(asyncio.create_task(self._reload(context)))
         port: int = self._runner.addresses[0][1]
         return port
 
@@ -105,8 +89,8 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Close every connection."""
-        if self._reloading is not None:
-            self._reloading.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -156,6 +140,17 @@ class HttpServer:
                 continue
             seen = stamp
             log.info("tls.reloaded", certificate=str(cert))
+
+
+def _limits(config: ProxyConfig) -> ConnectionLimits:
+    """Never more connections than the process may open files: the system's own refusal would stop the links too."""
+    room = max(1, file_limit() - OTHER_FILES)
+    return ConnectionLimits(
+        total=min(config.max_connections, room),
+        per_address=config.max_connections_per_address,
+        head_s=config.head_timeout_s,
+        head_bytes=config.max_head_bytes,
+    )
 
 
 def _stamp(*paths: Path) -> tuple[tuple[int, int], ...] | None:

@@ -396,7 +396,9 @@ async def test_unknown_route_is_404(front: Front, path: str) -> None:
 async def test_wrong_method_is_405(front: Front, method: str) -> None:
     wire = await front.connect()
     await wire.send(f"{method} {CHAT} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    assert_openai_error(await wire.answer(), 405, "method_not_allowed")
+    answer = await wire.answer()
+    assert_openai_error(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
     assert_openai_error(await ask(front, "/v1/models"), 405, "method_not_allowed")
 
 
@@ -435,7 +437,7 @@ async def test_body_that_never_comes_is_given_up(make: Make) -> None:
     front = await make(body_timeout_s=0.2)
     wire = await front.connect()
     await wire.send(post(CHAT, b"{", front.key(), content_length="100"))
-    assert_openai_error(await wire.answer(), 400, "invalid_request")
+    assert_openai_error(await wire.answer(), 408, "request_timeout")
 
 
 @pytest.mark.parametrize("chunks", [b"zz\r\nnope\r\n", b"5\r\nhelloX", b"-1\r\n", b"5\r\nhello\r\nFFFFFFFFFFFFFFFFF\r\n"])
@@ -454,8 +456,6 @@ async def test_body_whose_chunks_are_none_is_400(front: Front, chunks: bytes) ->
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET / HTTP/9.9\r\n\r\n",
         b"GET /health HTTP/1.1\r\nBad Header: x\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
-        b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5, 6\r\n\r\nhello",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",

@@ -145,10 +145,12 @@ def test_any_json_is_a_call_or_an_invalid_request(body: dict[str, Any]) -> None:
         assert named is None or named in {*body, "model", "messages", "prompt", "input"}
 
 
-def test_field_given_twice_counts_as_the_engine_will_count_it() -> None:
-    # Python's json and msgspec both take the last: a key's scope must be checked against the same one.
-    body = b'{"model": "allowed", "messages": [1], "model": "smuggled"}'
-    assert parse_call(CHAT, body).model == json.loads(body)["model"] == "smuggled"
+@pytest.mark.parametrize("second", ["model", "Model", "mod\\u0065l"])
+def test_field_given_twice_is_refused(second: str) -> None:
+    # Python's json and msgspec take the last, others the first, Go's any capitals: a key's scope must be checked against what runs.
+    body = f'{{"model": "allowed", "messages": [1], "{second}": "smuggled"}}'.encode()
+    error = refusal(CHAT, body)
+    assert (error.param, "twice" in error.message) == ("model", True)
 
 
 def test_refusal_does_not_repeat_the_prompt() -> None:
