@@ -196,30 +196,56 @@ class Directory:
     async def put_document(self, document: Document) -> int:
         """Store a signed version of a document; returns how many of the nodes nearest to its key have it.
 
-        Raises `DirectoryError` if it does not follow the newest version there is (compare-and-swap on seq), or too few can be reached.
+        Raises `TrustError` if it does not hold, `DirectoryError` if it does not follow the newest version there is (compare-and-swap on
+        seq), or too few can be reached.
         """
         return await self.node.exchange.put(document)
 
-    async def get_document(self, kind: str, name: str, *, seq: int = 0) -> Document | None:
-        """The newest version of a document, or version ``seq``, verified; None if there is none. Never older than one seen here before."""
-        return await self.node.exchange.get(document_key(kind, name), seq=seq)
+    async def get_document(self, kind: str, name: str, *, project: str = "", seq: int = 0) -> Document | None:
+        """The newest version of a document, or version ``seq``, verified; None if there is none. Never older than one seen here before.
 
-    async def document_history(self, kind: str, name: str) -> list[Version]:
+        One that has expired is still given, so that nothing older takes its place: see `Document.alive`.
+        """
+        return await self.node.exchange.get(document_key(kind, name, project), seq=seq)
+
+    async def document_history(self, kind: str, name: str, *, project: str = "") -> list[Version]:
         """The last versions that holders list, the newest first. What they list is verified when it is fetched."""
-        return await self.node.exchange.history(document_key(kind, name))
+        return await self.node.exchange.history(document_key(kind, name, project))
 
-    def watch_document(self, kind: str, name: str, on_change: Callable[[Document], None], *, interval_s: float) -> None:
-        """Call ``on_change`` with the document and with each newer version, looked for every ``interval_s``."""
-        seen = 0
+    def held_documents(self, kind: str) -> list[Document]:
+        """The newest version of each document of a kind that this node itself holds; asks nobody. After `start`, those on its disk too."""
+        return [document for document in self.node.documents if document.kind == kind]
+
+    def accept_document(self, signed: bytes) -> bool:
+        """Take in a document that came over a link; True if it holds and is newer than what is here. It is then kept like any other.
+
+        Never raises: what does not hold is counted and not kept.
+        """
+        return self.node.exchange.accept(signed, "a link")
+
+    def on_document(self, callback: Callable[[Document], None]) -> None:
+        """Call ``callback`` with every version that becomes the newest held here: offered, found, handed in or written here.
+
+        Not with what `start` reads from disk: see `held_documents`.
+        """
+        self.node.exchange.hear(callback)
+
+    def watch_document(self, kind: str, name: str, on_change: Callable[[Document], None], *, interval_s: float, project: str = "") -> None:
+        """Call ``on_change`` with the document and with each newer version: looked for every ``interval_s``, told at once if it comes."""
+        key = document_key(kind, name, project)
+        seen = b""
+
+        def tell(document: Document | None) -> None:
+            nonlocal seen
+            if document is not None and document.key == key and document.digest != seen:
+                seen = document.digest
+                on_change(document)
 
         async def look() -> float:
-            nonlocal seen
-            document = await self.get_document(kind, name)
-            if document is not None and document.seq > seen:
-                seen = document.seq
-                on_change(document)
+            tell(await self.node.exchange.get(key))
             return interval_s * self._rng.uniform(0.75, 1.0)
 
+        self.on_document(tell)
         self.node.tasks.repeat(look, self._clock, name=f"directory document {kind}")
 
     def peers(self) -> list[PeerInfo]:

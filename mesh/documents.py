@@ -2,6 +2,9 @@
 
 A document is an envelope signed by an issuer that may sign documents. Its ``seq`` counts its versions from 1, and each version names the
 digest of the one before, so a lost update or a rollback shows. At most 64 KiB of body.
+
+A document of a project is a matter of that project alone. An issuer that is restricted to projects signs for those and for nothing that
+concerns the whole mesh; one that is restricted to models signs none, because what a body says of models is not ours to read.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import check_time, read_bytes, read_int, read_number, read_str
 from mesh.envelope import MAX_ENVELOPE_BYTES, seal
-from mesh.errors import MalformedEnvelope
+from mesh.errors import MalformedEnvelope, UnknownSigner
 from mesh.records import directory_key
-from mesh.trust import Purpose, Trust
+from mesh.trust import Issuer, Purpose, Trust
 
 DOCUMENT_DOMAIN = "infermesh/document"
 MAX_BODY_BYTES = 64 * 1024
+MAX_KIND_CHARS = 32
+MAX_NAME_CHARS = 128
+MAX_PROJECT_CHARS = 64
 DIGEST_BYTES = 32
 NEVER = 0.0
 """An ``expires`` that does not come."""
@@ -26,7 +32,8 @@ NEVER = 0.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One version. ``previous`` is the digest of the version before, empty for the first. Times are wall-clock seconds."""
+    """One version. ``previous`` is the digest of the version before, empty for the first; ``project`` is empty for what concerns the whole
+    mesh. Times are wall-clock seconds."""
 
     kind: str
     name: str
@@ -34,6 +41,7 @@ class Document:
     previous: bytes
     issued: float
     body: bytes
+    project: str = ""
     expires: float = NEVER
     signed: bytes = b""
 
@@ -44,18 +52,25 @@ class Document:
 
     @property
     def key(self) -> bytes:
-        return document_key(self.kind, self.name)
+        return document_key(self.kind, self.name, self.project)
+
+    @property
+    def title(self) -> str:
+        """What people call it: ``KIND/NAME`` or ``KIND/PROJECT/NAME``."""
+        return "/".join(part for part in (self.kind, self.project, self.name) if part)
 
     def alive(self, now: float) -> bool:
         return self.expires == NEVER or now < self.expires
 
 
-def document_key(kind: str, name: str) -> bytes:
-    """Where a document is found."""
-    return directory_key("document", f"{kind}/{name}")
+def document_key(kind: str, name: str, project: str = "") -> bytes:
+    """Where a document is found. The parts are kept apart by a byte that none of them can have."""
+    return directory_key("document", "\x00".join((kind, project, name)))
 
 
-def next_version(former: Document | None, *, kind: str, name: str, body: bytes, now: float, expires: float = NEVER) -> Document:
+def next_version(
+    former: Document | None, *, kind: str, name: str, body: bytes, now: float, project: str = "", expires: float = NEVER
+) -> Document:
     """The version that follows ``former``, still to be sealed: the compare of compare-and-swap is in ``previous``."""
     return Document(
         kind=kind,
@@ -64,6 +79,7 @@ def next_version(former: Document | None, *, kind: str, name: str, body: bytes, 
         previous=b"" if former is None else former.digest,
         issued=now,
         body=body,
+        project=project,
         expires=expires,
     )
 
@@ -73,7 +89,7 @@ def seal_document(document: Document, issuer: Ed25519PrivateKey, kid: str) -> Do
     if len(document.body) > MAX_BODY_BYTES:
         raise MalformedEnvelope(f"a document has at most {MAX_BODY_BYTES} bytes, this one {len(document.body)}")
     document = replace(document, issued=float(int(document.issued)), expires=float(int(document.expires)))
-    payload = {
+    payload: dict[str, object] = {
         "kind": document.kind,
         "name": document.name,
         "seq": document.seq,
@@ -82,16 +98,19 @@ def seal_document(document: Document, issuer: Ed25519PrivateKey, kid: str) -> Do
         "exp": int(document.expires),
         "body": document.body,
     }
+    if document.project:
+        payload["proj"] = document.project
     return replace(document, signed=seal(DOCUMENT_DOMAIN, kid.encode("ascii"), issuer, payload))
 
 
 def parse_document(data: bytes, trust: Trust, *, now: float) -> Document:
     """Verify a document from anywhere. Raises a `TrustError`. One that has expired is still a document: see `Document.alive`."""
-    _, opened = trust.open(DOCUMENT_DOMAIN, data, Purpose.DOCUMENT, now=now, max_bytes=MAX_ENVELOPE_BYTES)
+    issuer, opened = trust.open(DOCUMENT_DOMAIN, data, Purpose.DOCUMENT, now=now, max_bytes=MAX_ENVELOPE_BYTES)
     payload = opened.payload
     document = Document(
-        kind=read_str(payload, "kind", max_len=32),
-        name=read_str(payload, "name", max_len=128),
+        kind=read_str(payload, "kind", max_len=MAX_KIND_CHARS),
+        name=read_str(payload, "name", max_len=MAX_NAME_CHARS),
+        project=read_str(payload, "proj", default="", max_len=MAX_PROJECT_CHARS),
         seq=read_int(payload, "seq", low=1),
         previous=read_bytes(payload, "prev", max_len=DIGEST_BYTES),
         issued=read_number(payload, "iat"),
@@ -101,5 +120,13 @@ def parse_document(data: bytes, trust: Trust, *, now: float) -> Document:
     )
     if len(document.previous) != (DIGEST_BYTES if document.seq > 1 else 0):
         raise MalformedEnvelope("a document's first version has no predecessor, every other names its own")
+    if not document.kind:
+        raise MalformedEnvelope("a document has a kind")
+    _check_scope(issuer, document.project)
     check_time("the document", not_before=document.issued, expires=float("inf"), now=now)
     return document
+
+
+def _check_scope(issuer: Issuer, project: str) -> None:
+    if issuer.models is not None or (issuer.projects is not None and project not in issuer.projects):
+        raise UnknownSigner("the document's issuer may not sign it: it is outside the projects that the issuer is for")

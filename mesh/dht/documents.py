@@ -1,30 +1,32 @@
 """The documents a node holds: the last versions of each, on disk where the node is one that remembers.
 
 A version is taken only if it is newer than the newest here. So a rollback is refused by whoever has seen better, and a node that was
-offline goes on from what it last wrote to its disk, not from nothing.
+offline goes on from what it last wrote to its disk, not from nothing. For the same reason one that has expired stays.
+
+Only verified versions come in, so no peer can fill the store; and what projects sign for themselves has a part of the room that leaves the
+mesh's own documents theirs.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 import structlog
 
 from mesh.documents import Document, parse_document
-from mesh.errors import TrustError
+from mesh.envelope import MAX_ENVELOPE_BYTES, signer_of
+from mesh.errors import Expired, MalformedEnvelope, NotYetValid, TrustError
 from mesh.identity import write_private
-from mesh.trust import Trust
+from mesh.trust import Issuer, Trust
 
 log = structlog.get_logger(__name__)
 
-_HISTORY = 8
-_MAX_KEYS = 1_024
-_MAX_BYTES = 64 << 20
-_MAJORITY = 3
+HISTORY = 8
+"""Versions kept of each document."""
 _FOLDER = "documents"
 
 
@@ -39,124 +41,194 @@ class Answer(IntEnum):
     NO_ROOM = 5
 
 
-@dataclass(slots=True, eq=False)
-class _Chain:
-    """The versions of one document, the newest last. ``rivals`` are other bytes offered under the newest seq, and by whom."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How many documents there may be, and from how many bytes on there is no room for another, nor for more than one version of each."""
 
-    versions: list[Document] = field(default_factory=list)
-    rivals: dict[bytes, dict[bytes, None]] = field(default_factory=dict)
+    documents: int
+    bytes: int
 
-    @property
-    def newest(self) -> Document:
-        return self.versions[-1]
+
+MESH_ROOM = Room(documents=1_024, bytes=32 << 20)
+PROJECT_ROOM = Room(documents=64, bytes=4 << 20)
+PROJECTS_ROOM = Room(documents=3_072, bytes=32 << 20)
+"""Of all projects together."""
 
 
 class DocumentStore:
-    """``directory`` is where versions are kept, None for a node that forgets."""
+    """``directory`` is where versions are kept, None for a node that forgets. Writing to it is the caller's: see `unsaved`."""
 
     def __init__(self, trust: Trust, directory: Path | None) -> None:
         self._trust = trust
         self._directory = directory / _FOLDER if directory is not None else None
-        self._chains: OrderedDict[bytes, _Chain] = OrderedDict()
-        self._bytes = 0
+        self._chains: dict[bytes, list[Document]] = {}
+        self._documents: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._unsaved: dict[Path, bytes | None] = {}
+        self._issuers = _issuers(trust)
 
     def __len__(self) -> int:
         return len(self._chains)
 
     def __iter__(self) -> Iterator[Document]:
         """The newest version of each."""
-        return iter([chain.newest for chain in self._chains.values()])
+        return iter([versions[-1] for versions in self._chains.values()])
 
     def load(self, *, now: float) -> None:
-        """Read what was kept. What cannot be read or does not hold is left out with a warning."""
+        """Read what was kept. What cannot be read or does not hold is left out, and where it is, with a warning."""
         if self._directory is None or not self._directory.is_dir():
             return
         found: list[Document] = []
         for path in sorted(self._directory.glob("*/*.doc")):
             try:
+                if path.stat().st_size > MAX_ENVELOPE_BYTES:
+                    raise MalformedEnvelope("too large")
                 found.append(parse_document(path.read_bytes(), self._trust, now=now))
             except (OSError, TrustError) as error:
                 log.warning("directory.document_unreadable", path=str(path), error=str(error))
         for document in sorted(found, key=lambda document: document.seq):
-            self._append(document)
+            if self.judge(document.key, document.seq, document.digest, None) is Answer.WANT and self._has_room(document):
+                self._append(document)
 
     def newest(self, key: bytes) -> Document | None:
-        chain = self._chains.get(key)
-        return chain.newest if chain is not None else None
+        versions = self._chains.get(key)
+        return versions[-1] if versions else None
 
     def version(self, key: bytes, seq: int) -> Document | None:
         """A version by its number; 0 is the newest."""
-        chain = self._chains.get(key)
-        if chain is None:
-            return None
-        return next((document for document in reversed(chain.versions) if seq in (0, document.seq)), None)
+        return next((document for document in reversed(self._chains.get(key, [])) if seq in (0, document.seq)), None)
 
     def history(self, key: bytes) -> list[Document]:
         """The versions held, the newest first."""
-        chain = self._chains.get(key)
-        return list(reversed(chain.versions)) if chain is not None else []
+        return list(reversed(self._chains.get(key, [])))
 
-    def judge(self, key: bytes, seq: int, digest: bytes, previous: bytes | None, *, source: bytes) -> Answer:
+    def judge(self, key: bytes, seq: int, digest: bytes, previous: bytes | None) -> Answer:
         """Whether a version is wanted, before its bytes are in hand.
 
         A writer gives ``previous`` and is held to it (compare-and-swap); one who only passes a version on gives None. Of two versions with
-        one seq the first to come stays, until a majority of holders offers the other.
+        one seq the first to come stays.
         """
-        chain = self._chains.get(key)
-        if chain is None:
-            return Answer.WANT if len(self._chains) < _MAX_KEYS and self._bytes < _MAX_BYTES else Answer.NO_ROOM
-        newest = chain.newest
+        newest = self.newest(key)
+        if newest is None:
+            return Answer.WANT if len(self._chains) < MESH_ROOM.documents + PROJECTS_ROOM.documents else Answer.NO_ROOM
         if digest == newest.digest:
             return Answer.HAVE
         if seq < newest.seq:
             return Answer.STALE
-        if seq == newest.seq:
-            return self._rival(chain, digest, source) if previous is None else Answer.CONFLICT
-        if previous is not None and (seq != newest.seq + 1 or previous != newest.digest):
+        if seq == newest.seq or (previous is not None and (seq != newest.seq + 1 or previous != newest.digest)):
             return Answer.CONFLICT
         return Answer.WANT
 
-    @staticmethod
-    def _rival(chain: _Chain, digest: bytes, source: bytes) -> Answer:
-        offered_by = chain.rivals.setdefault(digest, {})
-        offered_by[source] = None
-        if len(chain.rivals) > _HISTORY:
-            chain.rivals.pop(next(iter(chain.rivals)))
-        return Answer.WANT if len(offered_by) >= _MAJORITY else Answer.CONFLICT
-
-    def take(self, document: Document, *, judged: Answer) -> Answer:
-        """Keep a verified version that `judge` wanted (again now: another may have come in between)."""
-        if judged is not Answer.WANT:
-            return judged
+    def take(self, document: Document, *, cas: bool = False, outvoted: bool = False) -> Answer:
+        """Keep a verified version that `judge` wants. ``cas`` holds it to its predecessor; ``outvoted`` says that of two versions with one
+        seq most holders have this one and not ours."""
+        answer = self.judge(document.key, document.seq, document.digest, document.previous if cas else None)
+        newest = self.newest(document.key)
+        if answer is Answer.CONFLICT and outvoted and newest is not None and newest.seq == document.seq:
+            answer = Answer.WANT
+        if answer is Answer.WANT and not self._has_room(document):
+            answer = Answer.NO_ROOM
+        if answer is not Answer.WANT:
+            return answer
         self._append(document)
-        self._write(document)
+        self._note(document, document.signed)
         return Answer.ACCEPTED
 
-    def _append(self, document: Document) -> None:
-        chain = self._chains.setdefault(document.key, _Chain())
-        while chain.versions and chain.versions[-1].seq >= document.seq:
-            self._forget(chain.versions.pop())
-        chain.versions.append(document)
-        chain.rivals.clear()
-        self._bytes += len(document.signed)
-        while len(chain.versions) > _HISTORY:
-            self._forget(chain.versions.pop(0))
+    def recheck(self, *, now: float) -> None:
+        """The keyset has changed: what an issuer signed who is gone, or is another now, goes with it, and what was before it counts again.
 
-    def _path(self, document: Document) -> Path | None:
-        return self._directory / document.key.hex() / f"{document.seq:012d}.doc" if self._directory is not None else None
+        An issuer whose time is merely over takes nothing with it: what it signed still says which versions are old.
+        """
+        former, self._issuers = self._issuers, _issuers(self._trust)
+        changed = {kid for kid in former | self._issuers if former.get(kid) != self._issuers.get(kid)}
+        held = [document for versions in self._chains.values() for document in versions]
+        for document in held if changed else []:
+            if signer_of(document.signed) in changed and not self._still_holds(document, now=now):
+                self._remove(document)
 
-    def _write(self, document: Document) -> None:
-        path = self._path(document)
-        if path is None:
-            return
+    def _still_holds(self, document: Document, *, now: float) -> bool:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_private(path, document.signed)
-        except OSError as error:
-            log.warning("directory.document_unsaved", path=str(path), error=str(error))
+            parse_document(document.signed, self._trust, now=now)
+        except (Expired, NotYetValid):
+            return True
+        except TrustError as error:
+            log.warning("directory.document_dropped", document=document.title, seq=document.seq, error=str(error))
+            return False
+        return True
 
-    def _forget(self, document: Document) -> None:
-        self._bytes -= len(document.signed)
-        path = self._path(document)
-        if path is not None:
-            path.unlink(missing_ok=True)
+    def _has_room(self, document: Document) -> bool:
+        """A further version of what is held always has room: it takes the place of an older one."""
+        if document.key in self._chains:
+            return True
+        mine, project = "", document.project
+        if not project:
+            return self._documents[mine] < MESH_ROOM.documents and self._bytes[mine] < MESH_ROOM.bytes
+        projects = Room(documents=len(self._chains) - self._documents[mine], bytes=self._bytes.total() - self._bytes[mine])
+        return (
+            self._documents[project] < PROJECT_ROOM.documents
+            and self._bytes[project] < PROJECT_ROOM.bytes
+            and projects.documents < PROJECTS_ROOM.documents
+            and projects.bytes < PROJECTS_ROOM.bytes
+        )
+
+    def _append(self, document: Document) -> None:
+        versions = self._chains.get(document.key)
+        if versions is None:
+            versions = self._chains[document.key] = []
+            self._documents[document.project] += 1
+        versions.append(document)
+        self._bytes[document.project] += len(document.signed)
+        room = PROJECT_ROOM if document.project else MESH_ROOM
+        most = HISTORY if self._bytes[document.project] < room.bytes else 1
+        rivals = [version for version in versions[:-1] if version.seq >= document.seq]
+        for old in rivals + versions[: -most - len(rivals)]:
+            self._remove(old)
+
+    def _remove(self, document: Document) -> None:
+        versions = self._chains[document.key]
+        versions.remove(document)
+        self._bytes[document.project] -= len(document.signed)
+        self._note(document, None)
+        if not versions:
+            del self._chains[document.key]
+            self._documents[document.project] -= 1
+
+    # on disk
+
+    @property
+    def has_unsaved(self) -> bool:
+        return bool(self._unsaved)
+
+    def unsaved(self) -> dict[Path, bytes | None]:
+        """What has changed since it was last asked for: files and their contents, None for one to be removed. See `write_files`."""
+        changed, self._unsaved = self._unsaved, {}
+        return changed
+
+    def still_unsaved(self, files: Mapping[Path, bytes | None]) -> None:
+        """These could not be written; they are, unless something newer is, part of what `unsaved` gives next."""
+        self._unsaved = dict(files) | self._unsaved
+
+    def _note(self, document: Document, data: bytes | None) -> None:
+        if self._directory is not None:
+            self._unsaved[self._directory / document.key.hex() / f"{document.seq:012d}.doc"] = data
+
+
+def write_files(files: Mapping[Path, bytes | None]) -> dict[Path, bytes | None]:
+    """Write and remove files; returns those for which that failed. Waits for the disk: not for the event loop's thread."""
+    failed: dict[Path, bytes | None] = {}
+    for path, data in files.items():
+        try:
+            if data is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                write_private(path, data)
+        except OSError as error:
+            if not failed:
+                log.warning("directory.document_unsaved", path=str(path), error=str(error))
+            failed[path] = data
+    return failed
+
+
+def _issuers(trust: Trust) -> dict[bytes, Issuer]:
+    return {issuer.kid.encode(): issuer for issuer in trust.keyset.issuers}

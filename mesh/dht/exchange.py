@@ -11,47 +11,58 @@ DOC_LIST    [key]                                                 [[seq, digest,
 
 An offer costs a hundred bytes. Who wants the document fetches it from the offerer, who finds out by offering again. Holders offer what they
 have to the nodes nearest to its key now and then, so a document outlives its writer, its first holders and any restart.
+
+Two versions with one seq are both signed: two operators wrote at once, and one of them was told so. The first to come stays, until this
+node itself finds, by looking, that more of the nodes nearest to the key have the other. What peers merely say of it counts for nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
+import structlog
 
 from mesh.clock import Clock
 from mesh.dht.config import DirectoryConfig
-from mesh.dht.documents import Answer, DocumentStore
+from mesh.dht.documents import Answer, DocumentStore, write_files
+from mesh.dht.pages import PART_FRAME_BYTES, Version, fetch, parse_list, parts_of
 from mesh.dht.protocol import MeshProtocol, Op
 from mesh.dht.routing import ID_BYTES, Contact
-from mesh.dht.rpc import Reply, Request
+from mesh.dht.rpc import Request
 from mesh.dht.tasks import Tasks
-from mesh.documents import DIGEST_BYTES, MAX_BODY_BYTES, Document, parse_document
+from mesh.documents import DIGEST_BYTES, Document, parse_document
 from mesh.envelope import MAX_ENVELOPE_BYTES
-from mesh.errors import DirectoryError, MalformedEnvelope, TrustError
+from mesh.errors import BadSignature, DirectoryError, MalformedEnvelope, TrustError
 from mesh.identity import Identity
 
-_INLINE_BYTES = 700
-_PART_FRAME_BYTES = 64
+log = structlog.get_logger(__name__)
+
+INLINE_BYTES = 700
 _TRIES = 24
 _POLL_S = 0.05
 _MAX_PULLS = 16
+_MAX_PULLS_PER_PEER = 4
+_LIAR_S = 60.0
+_MAX_LIARS = 1_024
+_SETTLE_EVERY_S = 30.0
+_MAX_SETTLING = 1_024
 
 Walk = Callable[[bytes], Awaitable[list[Contact]]]
+Listener = Callable[[Document], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
-    """One version as a holder lists it: unverified until it is fetched."""
+@dataclass(slots=True, kw_only=True)
+class _Listed:
+    """A version and who lists it."""
 
-    seq: int
-    digest: bytes
-    issued: float
+    version: Version
+    holders: list[Contact] = field(default_factory=list)
 
 
 class Exchange:
@@ -78,12 +89,19 @@ class Exchange:
         self._rng = rng
         self._tasks = tasks
         self._walk = walk
-        self._pulling: dict[bytes, None] = {}
+        self._pulling: dict[bytes, bytes] = {}
+        self._liars: OrderedDict[bytes, float] = OrderedDict()
+        self._settled: OrderedDict[bytes, float] = OrderedDict()
         self._offering: dict[bytes, Document] = {}
-        self.on_document: Callable[[Document], None] = lambda document: None
+        self._listeners: list[Listener] = []
+        self._saving = asyncio.Lock()
         protocol.handlers |= {Op.DOC_GET: self.rpc_get, Op.DOC_LIST: self.rpc_list}
         if serve:
             protocol.handlers[Op.DOC_OFFER] = self.rpc_offer
+
+    def hear(self, listener: Listener) -> None:
+        """Call ``listener`` with every version that becomes the newest here, however it came."""
+        self._listeners.append(listener)
 
     # answering
 
@@ -93,12 +111,14 @@ class Exchange:
         if not (previous is None or isinstance(previous, bytes)) or not isinstance(data, bytes):
             raise MalformedEnvelope("bad offer")
         request.require_proof()
-        answer = self._store.judge(key, seq, digest, previous, source=request.node_id)
+        answer = self._store.judge(key, seq, digest, previous)
         if answer is Answer.WANT and data:
-            answer = self._take(data, key, offered, previous, request.node_id)
+            answer = self._take(data, key, offered, request.node_id, cas=previous is not None)
         elif answer is Answer.WANT:
-            self._pull(key, offered, previous, Contact(request.node_id, request.address))
+            self._pull(key, offered, Contact(request.node_id, request.address), cas=previous is not None)
         newest = self._store.newest(key)
+        if answer is Answer.CONFLICT and previous is None:
+            self._settle(key)
         self._protocol.counts.add(f"document_{answer.name.lower()}")
         return [[int(answer), newest.seq if newest else 0, newest.digest if newest else b""]]
 
@@ -111,11 +131,7 @@ class Exchange:
         document = self._store.version(key, seq) or self._own(key, seq)
         if document is None:
             return [[0, b"", 0, 0, b""]]
-        room, data = request.room - _PART_FRAME_BYTES, document.signed
-        starts = range(offset, len(data), room)[: request.parts]
-        return [[document.seq, document.digest, len(data), at, data[at : at + room]] for at in starts] or [
-            [document.seq, document.digest, len(data), len(data), b""]
-        ]
+        return parts_of(document, offset, request.room - PART_FRAME_BYTES, request.parts)
 
     def rpc_list(self, request: Request) -> list[list[Any]]:
         (key,) = _fields(request, 1)
@@ -127,66 +143,150 @@ class Exchange:
         document = self._offering.get(key)
         return document if document is not None and seq in (0, document.seq) else None
 
-    def _take(self, data: bytes, key: bytes, offered: Version, previous: bytes | None, source: bytes) -> Answer:
+    def accept(self, data: bytes, source: str) -> bool:
+        """Take in a version that came another way than through the directory; True if it holds and is newer than what is here."""
+        document = self._open(data, source)
+        if document is None:
+            return False
+        answer = self._keep(document)
+        if answer is Answer.CONFLICT:
+            self._settle(document.key)
+        return answer is Answer.ACCEPTED
+
+    def _take(self, data: bytes, key: bytes, offered: Version, source: bytes, *, cas: bool) -> Answer:
         """Verify and keep; what does not hold is refused as stale, whoever offered it."""
+        document = self._as_listed(data, key, offered, source)
+        return self._keep(document, cas=cas) if document is not None else Answer.STALE
+
+    def _as_listed(self, data: bytes, key: bytes, listed: Version, source: bytes) -> Document | None:
+        """The document, if it verifies and is the very version that ``source`` said it had."""
+        document = self._open(data, source.hex()[:12], liar=source)
+        if document is None or (document.key, document.seq, document.digest) == (key, listed.seq, listed.digest):
+            return document
+        self._protocol.counts.refuse("document_not_as_offered", source.hex()[:12], now=self._clock.monotonic())
+        self._distrust(source)
+        return None
+
+    def _open(self, data: bytes, source: str, *, liar: bytes = b"") -> Document | None:
         try:
-            document = parse_document(data, self._identity.trust, now=self._protocol.time.now())
+            return parse_document(data, self._identity.trust, now=self._protocol.time.now())
         except TrustError as error:
-            self._protocol.counts.refuse(f"document_{error.code}", source.hex()[:12], now=self._clock.monotonic())
-            return Answer.STALE
-        if document.key != key or document.seq != offered.seq or document.digest != offered.digest:
-            self._protocol.counts.refuse("document_not_as_offered", source.hex()[:12], now=self._clock.monotonic())
-            return Answer.STALE
-        before = previous if previous is None else document.previous
-        judged = self._store.judge(key, document.seq, document.digest, before, source=source)
-        answer = self._store.take(document, judged=judged)
+            self._protocol.counts.refuse(f"document_{error.code}", source, now=self._clock.monotonic())
+            if liar and isinstance(error, BadSignature | MalformedEnvelope):
+                self._distrust(liar)
+            return None
+
+    def _keep(self, document: Document, *, cas: bool = False, outvoted: bool = False) -> Answer:
+        """The only way into the store."""
+        answer = self._store.take(document, cas=cas, outvoted=outvoted)
         if answer is Answer.ACCEPTED:
-            self.on_document(document)
+            self._save_soon()
+            for listener in self._listeners:
+                try:
+                    listener(document)
+                except Exception:
+                    log.exception("directory.listener_failed", document=document.title)
         return answer
 
-    def _pull(self, key: bytes, offered: Version, previous: bytes | None, contact: Contact) -> None:
-        if offered.digest in self._pulling or len(self._pulling) >= _MAX_PULLS:
+    def _distrust(self, node_id: bytes) -> None:
+        """It sent what it cannot have verified: nothing large is fetched from it for a while."""
+        self._liars[node_id] = self._clock.monotonic() + _LIAR_S
+        self._liars.move_to_end(node_id)
+        if len(self._liars) > _MAX_LIARS:
+            self._liars.popitem(last=False)
+
+    def _pull(self, key: bytes, offered: Version, contact: Contact, *, cas: bool) -> None:
+        """Fetch what was offered. A peer has its share of what may be fetched at once, and one that lied has none for a while."""
+        theirs = sum(source == contact.id for source in self._pulling.values())
+        lied = self._liars.get(contact.id, 0.0) > self._clock.monotonic()
+        if offered.digest in self._pulling or len(self._pulling) >= _MAX_PULLS or theirs >= _MAX_PULLS_PER_PEER or lied:
             return
-        self._pulling[offered.digest] = None
+        self._pulling[offered.digest] = contact.id
 
         async def pull() -> None:
             try:
                 data = await self._fetch(contact, key, offered)
                 if data is not None:
-                    self._take(data, key, offered, previous, contact.id)
+                    self._take(data, key, offered, contact.id, cas=cas)
             finally:
                 self._pulling.pop(offered.digest, None)
 
         if self._tasks.start(pull(), name="directory document") is None:
             self._pulling.pop(offered.digest, None)
 
+    def _settle(self, key: bytes) -> None:
+        """Somebody has another version under the seq of ours: see what the nodes nearest to the key have. Not again at once."""
+        now = self._clock.monotonic()
+        if self._settled.get(key, float("-inf")) + _SETTLE_EVERY_S > now:
+            return
+        self._settled[key] = now
+        self._settled.move_to_end(key)
+        if len(self._settled) > _MAX_SETTLING:
+            self._settled.popitem(last=False)
+        self._tasks.start(self._ask_again(key), name="directory document settling")
+
+    async def _ask_again(self, key: bytes) -> None:
+        await self.get(key)
+
+    # keeping
+
+    def recheck(self) -> None:
+        """The keyset has changed: see `DocumentStore.recheck`."""
+        self._store.recheck(now=self._protocol.time.now())
+        self._save_soon()
+
+    def _save_soon(self) -> None:
+        if self._store.has_unsaved:
+            self._tasks.start(self.save(), name="directory documents to disk")
+
+    async def save(self) -> None:
+        """Write to disk what has changed; what cannot be written is tried again with the next change, or when documents are offered."""
+        async with self._saving:
+            if changed := self._store.unsaved():
+                failed = await asyncio.get_running_loop().run_in_executor(None, write_files, changed)
+                self._store.still_unsaved(failed)
+
+    async def keep_alive(self) -> float:
+        """Offer each document held to the nodes nearest to its key. Returns when to do so again."""
+        await self.save()
+        for document in self._store:
+            contacts = (await self._walk(document.key))[: self._config.holders]
+            answers = [await self._offer(contact, document, previous=None) for contact in contacts]
+            if Answer.STALE in answers:
+                await self.get(document.key)
+            elif Answer.CONFLICT in answers:
+                self._settle(document.key)
+        return self._config.document_offer_s * self._rng.uniform(0.75, 1.25)
+
     # asking
 
     async def put(self, document: Document) -> int:
         """Store a new version with the nodes nearest to its key; returns how many have it.
 
-        Raises `DirectoryError` if a majority does not: another version came first, or too few holders can be reached.
+        Raises `TrustError` if it does not hold, `DirectoryError` if a majority does not take it: another version came first, or too few
+        holders can be reached.
         """
+        document = parse_document(document.signed, self._identity.trust, now=self._protocol.time.now())
+        own = self._store.judge(document.key, document.seq, document.digest, document.previous)
+        if own in (Answer.STALE, Answer.CONFLICT):
+            raise _changed(document)
         contacts = (await self._walk(document.key))[: self._config.holders]
         self._offering[document.key] = document
         try:
-            own = self._offer_to_self(document)
             answers = await asyncio.gather(*(self._offer_until_settled(contact, document) for contact in contacts))
         finally:
             self._offering.pop(document.key, None)
-        counted = Counter([*answers, *([own] if not contacts else [])])
+        counted = Counter(answers)
         have = counted[Answer.ACCEPTED] + counted[Answer.HAVE]
-        if have > (len(contacts) or 1) // 2:
+        if have > len(contacts) // 2 or not contacts:
+            own = self._keep(document, cas=True)
+            await self.save()
+            have += own in (Answer.ACCEPTED, Answer.HAVE) and not contacts
+        if have > len(contacts) // 2:
             return have
         if counted[Answer.CONFLICT] or counted[Answer.STALE]:
-            raise DirectoryError(f"'{document.kind}/{document.name}' has changed meanwhile: read it again, then write")
-        raise DirectoryError(f"'{document.kind}/{document.name}' could not be stored: {have} of {len(contacts)} holders answered")
-
-    def _offer_to_self(self, document: Document) -> Answer:
-        """A node that remembers documents remembers its own."""
-        own = self._identity.node_id
-        judged = self._store.judge(document.key, document.seq, document.digest, document.previous, source=own)
-        return self._store.take(document, judged=judged)
+            raise _changed(document)
+        raise DirectoryError(f"'{document.title}' could not be stored: {have} of {len(contacts)} holders took it")
 
     async def _offer_until_settled(self, contact: Contact, document: Document) -> Answer | None:
         for attempt in range(_TRIES):
@@ -197,7 +297,7 @@ class Exchange:
         return None
 
     async def _offer(self, contact: Contact, document: Document, *, previous: bytes | None) -> Answer | None:
-        data = document.signed if len(document.signed) <= _INLINE_BYTES else b""
+        data = document.signed if len(document.signed) <= INLINE_BYTES else b""
         body = msgpack.packb([document.key, document.seq, document.digest, previous, data])
         reply = await self._protocol.request(contact.address, Op.DOC_OFFER, body, node_id=contact.id)
         try:
@@ -208,115 +308,79 @@ class Exchange:
     async def get(self, key: bytes, *, seq: int = 0) -> Document | None:
         """The newest version (or version ``seq``) that verifies, of all that the nodes nearest to the key and we ourselves have.
 
-        Never older than what this node has already seen.
+        Never older than what this node has already seen, not even if it is started anew right after this. Of two with one seq, the one that
+        more of them have.
         """
-        held = self._store.version(key, seq)
-        best = held.seq if held is not None and seq == 0 else 0
-        candidates = [version for version in await self._versions(key) if version[0].seq == seq or (seq == 0 and version[0].seq > best)]
-        if seq and held is not None:
+        if seq and (held := self._store.version(key, seq)) is not None:
             return held
-        for version, contact in candidates:
-            data = await self._fetch(contact, key, version)
-            document = self._verified(data, key) if data is not None else None
-            if document is not None:
-                if seq == 0:
-                    judged = self._store.judge(key, document.seq, document.digest, None, source=contact.id)
-                    self._store.take(document, judged=judged)
+        lied: dict[bytes, None] = {}
+        for listed in await self._versions(key):
+            version = listed.version
+            newest = self._store.newest(key)
+            if seq and version.seq != seq:
+                continue
+            if not seq and newest is not None and (version.seq < newest.seq or version.digest == newest.digest):
+                return newest
+            for contact in listed.holders:
+                if contact.id in lied:
+                    continue
+                data = await self._fetch(contact, key, version)
+                document = self._as_listed(data, key, version, contact.id) if data is not None else None
+                if document is None:
+                    lied[contact.id] = None
+                    continue
+                if not seq:
+                    self._keep(document, outvoted=True)
+                    await self.save()
+                    return self._store.newest(key) or document
                 return document
-        return held
+        return self._store.version(key, seq)
 
     async def history(self, key: bytes) -> list[Version]:
-        """The versions that holders list, the newest first; those with most holders where they differ."""
+        """The versions up to the newest that verifies, as holders list them, the newest first; where they differ, what most of them say."""
+        newest = await self.get(key)
+        if newest is None:
+            return []
         found: dict[int, Version] = {}
-        for version, _ in await self._versions(key):
-            found.setdefault(version.seq, version)
+        for listed in await self._versions(key):
+            if listed.version.seq <= newest.seq:
+                found.setdefault(listed.version.seq, listed.version)
         for document in self._store.history(key):
-            found[document.seq] = Version(seq=document.seq, digest=document.digest, issued=document.issued)
-        return [found[seq] for seq in sorted(found, reverse=True)]
+            found[document.seq] = _version_of(document)
+        return [found[number] for number in sorted(found, reverse=True)]
 
-    async def _versions(self, key: bytes) -> list[tuple[Version, Contact]]:
-        """Every version that some holder lists: the newest first, of two with one seq the one with more holders."""
+    async def _versions(self, key: bytes) -> list[_Listed]:
+        """Every version that some holder lists, we among them: the newest first, of two with one seq the one with more holders."""
         contacts = (await self._walk(key))[: self._config.read_width]
         body = msgpack.packb([key])
         replies = await asyncio.gather(
             *(self._protocol.request(contact.address, Op.DOC_LIST, body, node_id=contact.id) for contact in contacts)
         )
-        listed: list[tuple[Version, Contact]] = []
+        found: dict[tuple[int, bytes], _Listed] = {}
         for contact, reply in zip(contacts, replies, strict=True):
-            listed += [(version, contact) for version in _parse_list(reply)]
-        votes = Counter(version.digest for version, _ in listed)
-        return sorted(listed, key=lambda item: (item[0].seq, votes[item[0].digest]), reverse=True)
+            for version in parse_list(reply).values():
+                found.setdefault((version.seq, version.digest), _Listed(version=version)).holders.append(contact)
+        own = {(document.seq, document.digest): _version_of(document) for document in self._store.history(key)}
+        for name, version in own.items():
+            found.setdefault(name, _Listed(version=version))
 
-    def _verified(self, data: bytes, key: bytes) -> Document | None:
-        try:
-            document = parse_document(data, self._identity.trust, now=self._protocol.time.now())
-        except TrustError as error:
-            self._protocol.counts.refuse(f"document_{error.code}", "a holder", now=self._clock.monotonic())
-            return None
-        return document if document.key == key else None
+        def weight(name: tuple[int, bytes]) -> tuple[int, int, bool]:
+            return name[0], len(found[name].holders) + (name in own), name in own
+
+        return [found[name] for name in sorted(found, key=weight, reverse=True)]
 
     async def _fetch(self, contact: Contact, key: bytes, version: Version) -> bytes | None:
-        """All of one version from one node, page by page; parts that were lost are asked for again."""
-        pieces: dict[int, bytes] = {}
-        size = 0
-        for _ in range(_TRIES):
-            offset = _first_gap(pieces)
-            if size and offset >= size:
-                return b"".join(pieces[at] for at in sorted(pieces))
-            body = msgpack.packb([key, version.seq, offset])
-            reply = await self._protocol.request(contact.address, Op.DOC_GET, body, node_id=contact.id)
-            if reply is None:
-                return None
-            for part in reply.bodies:
-                piece = _parse_part(part, version)
-                if piece is None:
-                    return None
-                size, at, data = piece
-                pieces[at] = data
-        return None
-
-    async def keep_alive(self) -> float:
-        """Offer each document held to the nodes nearest to its key. Returns when to do so again."""
-        for document in self._store:
-            for contact in (await self._walk(document.key))[: self._config.holders]:
-                await self._offer(contact, document, previous=None)
-        return self._config.document_offer_s * self._rng.uniform(0.75, 1.25)
+        return await fetch(
+            lambda body: self._protocol.request(contact.address, Op.DOC_GET, body, node_id=contact.id), self._clock, key, version
+        )
 
 
-def _first_gap(pieces: dict[int, bytes]) -> int:
-    at = 0
-    while pieces.get(at):
-        at += len(pieces[at])
-    for start in [start for start in pieces if start > at]:
-        del pieces[start]  # pages follow each other from the gap on; what lies beyond comes again
-    return at
+def _changed(document: Document) -> DirectoryError:
+    return DirectoryError(f"'{document.title}' has changed meanwhile: read it again, then write")
 
 
-def _parse_part(part: list[Any], version: Version) -> tuple[int, int, bytes] | None:
-    """Size of the whole, offset and bytes of one part; None if it is of another version or makes no sense."""
-    if len(part) != 5 or part[0] != version.seq or part[1] != version.digest:
-        return None
-    _, _, size, at, data = part
-    if type(size) is not int or not 0 < size <= MAX_ENVELOPE_BYTES or type(at) is not int or not isinstance(data, bytes):
-        return None
-    return (size, at, data) if 0 <= at <= size and at + len(data) <= size else None
-
-
-def _parse_list(reply: Reply | None) -> list[Version]:
-    """What a holder lists; whatever makes no sense is left out."""
-    items = reply.bodies[0] if reply is not None and reply.bodies else []
-    return [
-        Version(seq=item[0], digest=item[1], issued=float(item[2]))
-        for item in items[:32]
-        if isinstance(item, list)
-        and len(item) == 3
-        and type(item[0]) is int
-        and 0 < item[0] < 2**63
-        and isinstance(item[1], bytes)
-        and len(item[1]) == DIGEST_BYTES
-        and type(item[2]) is int
-        and 0 <= item[2] < 2**53
-    ]
+def _version_of(document: Document) -> Version:
+    return Version(seq=document.seq, digest=document.digest, issued=document.issued)
 
 
 def _version(key: object, seq: object, digest: object) -> Version:
@@ -333,4 +397,4 @@ def _fields(request: Request, count: int) -> list[Any]:
     return request.body
 
 
-__all__ = ["MAX_BODY_BYTES", "Exchange", "Version"]
+__all__ = ["Exchange", "Version"]

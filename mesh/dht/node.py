@@ -128,6 +128,7 @@ class DhtNode:
         self._renewed()
         identity.on_renewal(self._renewed)
         identity.trust.on_change(self.verifier.forget)
+        identity.trust.on_change(self.exchange.recheck)
 
     # life
 
@@ -151,10 +152,12 @@ class DhtNode:
         await self.tasks.stop()
         self.protocol.close()
         await self._save()
+        await self.exchange.save()
 
     def forget_state_dir(self) -> None:
         """Save nothing from now on: as if the power had gone."""
         self._state_dir = None
+        self.documents.unsaved()
 
     async def joined(self, timeout_s: float) -> bool:
         try:

@@ -41,7 +41,7 @@ from mesh.dht.storage import TAG_BYTES, Held, RecordStore, Verdict, covered, tag
 from mesh.errors import MalformedEnvelope
 from mesh.records import MAX_RECORD_BYTES
 
-_MAX_KEYS = 4
+MAX_KEYS = 4
 _CONTACTS_WITH_RECORDS = 8
 _RECORDS_FRAME_BYTES = 48
 _FEW_RECORDS = 8
@@ -182,7 +182,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
     def rpc_store(self, request: Request) -> list[list[Any]]:
         keys, remaining_ms, base, data = _fields(request, 4)
-        if not isinstance(keys, list) or not 1 <= len(keys) <= _MAX_KEYS or not isinstance(data, bytes):
+        if not isinstance(keys, list) or not 1 <= len(keys) <= MAX_KEYS or not isinstance(data, bytes):
             raise MalformedEnvelope("bad store")
         if type(remaining_ms) is not int or remaining_ms < 0 or len(data) > MAX_RECORD_BYTES or not isinstance(base, bytes):
             raise MalformedEnvelope("bad store")

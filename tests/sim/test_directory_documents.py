@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from mesh.authority import KEYS_KID
+from mesh.dht.address import Address
+from mesh.dht.protocol import Op
+from mesh.dht.routing import Contact
+from mesh.dht.rpc import Request
 from mesh.documents import MAX_BODY_BYTES, Document, next_version, seal_document
 from mesh.errors import DirectoryError
 from mesh.trust import Role
+from tests.support.byzantine import FalseHolder
 from tests.support.network import Conditions
-from tests.support.swarm import SimNode, Swarm, simulate, with_config
+from tests.support.swarm import PORT, SimNode, Swarm, simulate, with_config
 
 
 def write(swarm: Swarm, former: Document | None, body: bytes, *, name: str = "chat") -> Document:
@@ -148,3 +155,97 @@ def test_a_watcher_hears_of_each_new_version() -> None:
         assert heard == [1, 2]
 
     simulate(scenario, seed=57)
+
+
+def test_what_a_node_takes_in_it_tells_of_lists_and_passes_on() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, (alice, bob) = await settled(swarm, 20)
+        heard: list[Document] = []
+        alice.running.on_document(heard.append)
+        alice.running.on_document(lambda document: 1 / 0)  # a listener's fault is not the directory's
+        first, other = write(swarm, None, b"one"), write(swarm, None, b"", name="other")
+        second = write(swarm, first, bytes(2_000))
+        assert [alice.running.accept_document(document.signed) for document in (first, second, first, second)] == [True, True, False, False]
+        assert not alice.running.accept_document(second.signed[:-1])
+        assert not alice.running.accept_document(b"")
+        await fleet[0].running.put_document(other)
+        assert await alice.running.get_document("endpoint", "other") == other
+        assert heard == [first, second, other]
+        assert alice.running.held_documents("endpoint") == [second, other]
+        assert alice.running.held_documents("limits") == []
+        assert alice.running.stats()["refused_document_malformed_envelope"] == 1
+        assert alice.running.stats()["refused_document_bad_signature"] == 1
+        await asyncio.sleep(90.0)
+        assert await bob.running.get_document("endpoint", "chat") == second, "its holder has offered it to the directory"
+
+    simulate(scenario, seed=58, config=with_config(document_offer_s=30.0))
+
+
+def test_holders_that_boast_and_cheat_spoil_nothing() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await settled(swarm, 32)
+        first = write(swarm, None, bytes(2_000))
+        nearest = sorted(fleet, key=lambda node: int.from_bytes(node.node_id) ^ int.from_bytes(first.key))
+        cheats = [FalseHolder(node, first, swarm.rng) for node in nearest[:2]]
+        second = write(swarm, first, bytes(3_000))
+        writer = nearest[-1].running
+        for document in (first, second):
+            assert await writer.put_document(document) >= 3
+        for reader in (*front, *nearest[10:]):
+            assert await reader.running.get_document("endpoint", "chat") == second
+            assert [version.seq for version in await reader.running.document_history("endpoint", "chat")] in ([2, 1], [2])
+        told = sum((cheat.told for cheat in cheats), start=Counter[str]())
+        assert min(told[lie] for lie in ("dropped", "boasted", "old", "garbage", "nothing", "no end")) > 0, told
+
+    simulate(scenario, seed=59)
+
+
+def test_two_versions_with_one_number_are_settled_by_the_holders_and_by_nobody_else() -> None:
+    """Three members that have seen the version that lost pass it round; then the holders themselves are split and become one."""
+
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await settled(swarm, 30)
+        won, lost = write(swarm, None, b"won"), write(swarm, None, b"lost")
+        nearest = sorted(fleet, key=lambda node: int.from_bytes(node.node_id) ^ int.from_bytes(won.key))
+        await nearest[-1].running.put_document(won)
+        stray, *sybils = nearest[5], *nearest[-4:-1]
+        for node in sybils:
+            assert node.running.accept_document(lost.signed)
+        assert stray.running.accept_document(lost.signed)
+        await asyncio.sleep(300.0)
+        held = Counter(node.running.node.documents.newest(won.key) for node in fleet)
+        assert held[lost] == 0, "who held it has looked and found itself outvoted"
+        assert held[won] >= 5
+        assert sum(node.running.stats().get("document_conflict", 0) for node in fleet) > 0, "it was offered"
+        assert await front[0].running.get_document("endpoint", "chat") == won
+
+    simulate(scenario, seed=60, config=with_config(document_offer_s=30.0))
+
+
+def test_a_member_that_offers_what_nobody_signed_costs_little() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, _ = await settled(swarm, 10)
+        flooder, victim = fleet[0].running.node, fleet[1]
+        contact = Contact(victim.node_id, Address(victim.address, PORT))
+        served: Counter[str] = Counter()
+
+        def serve(request: Request) -> list[list[object]]:
+            served["gets"] += 1
+            return [[7, digest, 60_000, request.body[2], bytes(900)] for digest in digests[:1]]
+
+        flooder.protocol.handlers[Op.DOC_GET] = serve
+        digests = [swarm.rng.randbytes(32) for _ in range(400)]
+        for at, digest in enumerate(digests):
+            data = swarm.rng.randbytes(600) if at % 2 else b""
+            body = msgpack.packb([swarm.rng.randbytes(32), 7, digest, None, data])
+            reply = await flooder.protocol.request(contact.address, Op.DOC_OFFER, body, node_id=contact.id)
+            assert reply is not None
+        await asyncio.sleep(30.0)
+        assert 0 < served["gets"] < 200, "a few large ones were looked into, and then no more"
+        assert len(victim.running.node.documents) == 0
+        assert victim.running.stats()["refused_document_malformed_envelope"] >= 200
+        document = write(swarm, None, bytes(9_000))
+        assert await fleet[2].running.put_document(document) >= 3
+        assert await victim.running.get_document("endpoint", "chat") == document
+
+    simulate(scenario, seed=61)

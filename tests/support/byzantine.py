@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from mesh.dht.address import Address
+from mesh.dht.documents import Answer
 from mesh.dht.protocol import Op
 from mesh.dht.routing import Contact, encode_contacts
 from mesh.dht.rpc import Request
 from mesh.dht.storage import Verdict
+from mesh.documents import Document
 from tests.support.swarm import PORT, SimNode
 
 Reply = list[list[Any]]
@@ -96,6 +98,38 @@ def babble(liar: Liar, request: Request) -> Reply:
 
 
 LIES: tuple[Lie, ...] = (withhold, forge, replay, fake_contacts, babble)
+
+
+class FalseHolder:
+    """A holder of documents that drops what it is offered, boasts of versions nobody signed, and sends old ones in their place."""
+
+    def __init__(self, node: SimNode, old: Document, rng: random.Random) -> None:
+        self.old = old
+        self.rng = rng
+        self.told: Counter[str] = Counter()
+        handlers = node.running.node.protocol.handlers
+        handlers[Op.DOC_OFFER] = self.offer
+        handlers[Op.DOC_LIST] = self.list
+        handlers[Op.DOC_GET] = self.get
+
+    def offer(self, request: Request) -> Reply:
+        self.told["dropped"] += 1
+        return [[int(Answer.HAVE), request.body[1], request.body[2]]]
+
+    def list(self, request: Request) -> Reply:
+        self.told["boasted"] += 1
+        return [[[seq, self.rng.randbytes(32), 0] for seq in (2**62, 2**40, 9, 3, 3, 3, 2, 2)]]
+
+    def get(self, request: Request) -> Reply:
+        _, seq, offset = request.body
+        lie = self.rng.choice(("old", "garbage", "nothing", "no end"))
+        self.told[lie] += 1
+        digest = self.old.digest
+        if lie == "garbage":
+            return [[seq, digest, 900, offset, self.rng.randbytes(900)]]
+        if lie == "no end":
+            return [[seq, digest, 60_000, offset, b"\x00"]]
+        return [[seq, digest, len(self.old.signed), 0, self.old.signed]] if lie == "old" else [[0, b"", 0, 0, b""]]
 
 
 def _flip(data: bytes, rng: random.Random) -> bytes:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from mesh.apikey import ApiKey, KeyRole, mint, parse_key
+from mesh.documents import Document, seal_document
 from mesh.envelope import seal
 from mesh.invite import Invite, parse_token, seal_invite
 from mesh.membership import seal_membership
@@ -66,6 +67,7 @@ def build() -> dict[str, dict[str, Any]]:
         },
         "apikey.json": common | _apikey(keys),
         "invite.json": common | _invite(keys, mesh_id),
+        "document.json": _document(root, keys, seeds, mesh_id),
         "record.json": common | {"membership": membership.hex()} | _record(worker, membership),
     }
 
@@ -107,6 +109,31 @@ def _invite(issuer: Ed25519PrivateKey, mesh_id: bytes) -> dict[str, Any]:
         "bootstraps": list(bootstraps),
         "token": text,
         "envelope": parse_token(text).signed.hex(),
+    }
+
+
+def _document(root: Ed25519PrivateKey, issuer: Ed25519PrivateKey, seeds: dict[str, str], mesh_id: bytes) -> dict[str, Any]:
+    keyset = seal_keyset(root, name="vectors", seq=8, issued=NOW, issuers=[_issuer("keys-1", issuer, Purpose.DOCUMENT)])
+    version = Document(
+        kind="endpoint",
+        name="chat",
+        project="search",
+        seq=3,
+        previous=hashlib.sha256(b"the version before").digest(),
+        issued=NOW,
+        expires=NOW + 365 * DAY_S,
+        body=b'{"model":"qwen3-8b"}',
+    )
+    document = seal_document(version, issuer, "keys-1")
+    return {
+        "now": NOW,
+        "seeds": {name: seeds[name] for name in ("root", "keys-1")},
+        "mesh_id": mesh_id.hex(),
+        "keyset": keyset.hex(),
+        "key": document.key.hex(),
+        "digest": document.digest.hex(),
+        "body": document.body.hex(),
+        "document": document.signed.hex(),
     }
 
 

@@ -11,7 +11,11 @@ import pytest
 
 import mesh
 from mesh.apikey import APIKEY_DOMAIN, MAX_KEY_CHARS
-from mesh.envelope import MAX_ENVELOPE_BYTES
+from mesh.dht.documents import HISTORY, Answer
+from mesh.dht.exchange import INLINE_BYTES
+from mesh.dht.protocol import MAX_KEYS, Op
+from mesh.documents import DOCUMENT_DOMAIN, MAX_BODY_BYTES, MAX_KIND_CHARS, MAX_NAME_CHARS, MAX_PROJECT_CHARS
+from mesh.envelope import MAX_ENVELOPE_BYTES, read_unverified
 from mesh.errors import MeshError
 from mesh.identity import ALPN
 from mesh.invite import INVITE_DOMAIN
@@ -88,9 +92,19 @@ def test_every_error_code_is_documented(kind: type[MeshError]) -> None:
     ("title", "said"),
     [
         ("Envelope", f"{MAX_ENVELOPE_BYTES:,} bytes"),
-        *(("Envelope", f"`{domain}`") for domain in (KEYSET_DOMAIN, MEMBERSHIP_DOMAIN, RECORD_DOMAIN, APIKEY_DOMAIN, INVITE_DOMAIN)),
+        *(
+            ("Envelope", f"`{domain}`")
+            for domain in (KEYSET_DOMAIN, MEMBERSHIP_DOMAIN, RECORD_DOMAIN, APIKEY_DOMAIN, INVITE_DOMAIN, DOCUMENT_DOMAIN)
+        ),
         ("Envelope", f"{MAX_MEMBERSHIP_BYTES} bytes"),
         ("Envelope", f"{MAX_RECORD_BYTES:,} bytes"),
+        ("Document", f"bytes, at most {MAX_BODY_BYTES:,}"),
+        ("Document", f"printable text, 1 to {MAX_KIND_CHARS}"),
+        ("Document", f"printable text, at most {MAX_NAME_CHARS}"),
+        ("Document", f"printable text, at most {MAX_PROJECT_CHARS}"),
+        ("Directory", f"at most {INLINE_BYTES} bytes"),
+        ("Directory", f"each of at most {HISTORY} versions"),
+        ("Directory", f"at most {MAX_KEYS} keys"),
         ("API key", f"{MAX_KEY_CHARS:,} characters"),
         *(("Keyset", f"`{purpose}`") for purpose in Purpose),
         *(("Membership", f"`{role}`") for role in Role),
@@ -115,6 +129,21 @@ def test_fields_of_control_payloads_are_those_of_the_vectors() -> None:
     for vector in json.loads(VECTORS.read_text(encoding="utf-8")):
         for name in vector.get("fields", ()):
             assert f"`{name}`" in text, (vector["type"], name)
+
+
+def test_every_field_of_a_document_has_its_row() -> None:
+    vector = json.loads((VECTORS.parent / "document.json").read_text(encoding="utf-8"))
+    assert {row[0].strip("`") for row in rows(section("Document"))} == set(read_unverified(bytes.fromhex(vector["document"])).payload)
+
+
+def test_every_request_of_the_directory_has_its_row() -> None:
+    documented = [(int(number), name.strip("`")) for number, name, *_ in rows(section("Directory"))]
+    assert documented == [(int(op), op.name) for op in Op]
+
+
+@pytest.mark.parametrize("answer", list(Answer), ids=lambda answer: answer.name)
+def test_every_answer_to_an_offer_is_documented(answer: Answer) -> None:
+    assert re.search(rf"\b{int(answer)} [a-z]", section("Directory").partition("Answers to")[2])
 
 
 def test_links_of_the_page_lead_somewhere() -> None:
