@@ -238,6 +238,7 @@ class App:
         while True:
             choice = self._router.choose(plan, request_id)
             if choice is None:
+                self._fleet.blame(plan.failures, answered=False)
                 raise last or self._nobody(call)
             worker = choice.worker
             try:
@@ -249,18 +250,24 @@ class App:
                 if counts_against_worker(error):
                     failed += 1
                     worker.failed += 1
+                    plan.failures.append((worker, error.code))
                 if downstream.started:
+                    self._fleet.blame(plan.failures, answered=False)
                     log.warning("request.broken_off", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code)
                     downstream.break_off(error)
                     raise _BrokenOff(error, downstream.response()) from error
                 refused += isinstance(error, Overloaded)
                 if not self._retry.again(error, failed=failed, refused=refused, started=False):
+                    self._fleet.blame(plan.failures, answered=False)
                     raise
                 log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)
                 self._metrics.retries(error.code).inc()
                 downstream.forget_head()
                 last = error
             else:
+                self._fleet.succeeded(worker)
+                if plan.failures:
+                    self._fleet.blame(plan.failures, answered=True)
                 return downstream.response()
 
     async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey) -> None:
@@ -284,11 +291,14 @@ class App:
             head |= plan.head()
         worker.in_flight += 1
         self._attempts.add(attempt)
+        on_trial = self._fleet.begin(worker)
         try:
             trailer = await attempt.run(head, call.body)
         finally:
             worker.in_flight -= 1
             self._attempts.discard(attempt)
+            if on_trial:
+                self._fleet.end_trial(worker)
         worker.served += 1
         prompt, completion = usage_of(trailer)
         self._metrics.tokens(call.model, "prompt").inc(prompt)
@@ -297,14 +307,17 @@ class App:
             self._router.served(plan, prompt_tokens=prompt, cached_tokens=cached_of(trailer))
         if attempt.first_byte_at is not None:
             self._metrics.first_byte(call.model).observe(attempt.first_byte_at - now)
+            self._fleet.measure(attempt, asyncio.get_running_loop().time(), tokens=completion)
 
     async def sweep(self) -> None:
-        """A task for the life of the process: end attempts whose worker gives no sign."""
+        """A task for the life of the process: look at how workers are, and end attempts whose worker gives no sign."""
         while True:
             await asyncio.sleep(SWEEP_S)
             now = asyncio.get_running_loop().time()
             for attempt in list(self._attempts):
+                self._fleet.measure(attempt, now)
                 attempt.check_time(now, patience_s=self._config.first_byte_timeout_s, most_s=self._config.request_timeout_s)
+            self._fleet.tick()
 
     # -- steps of a request
 

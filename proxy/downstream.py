@@ -52,6 +52,11 @@ class Downstream:
         self._head = b""
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the answer is one of events, and not a whole."""
+        return self._stream
+
+    @property
     def bytes_sent(self) -> int:
         """Body bytes handed to the client so far."""
         return self._sent

@@ -11,6 +11,7 @@ from mesh.errors import InvalidRequest, MalformedEnvelope, MeshError, ProtocolEr
 from mesh.link.link import OutgoingStream
 from proxy.downstream import Downstream
 from proxy.fleet import Worker
+from proxy.health import Flow
 
 SLOW_CLIENT_BYTES = 64 * 1024
 """With more than this unsent to the client, the worker gets no more credit until it has drained."""
@@ -29,6 +30,7 @@ class Attempt:
         "_done",
         "_downstream",
         "_draining",
+        "_flow",
         "_headers",
         "_held",
         "_started_at",
@@ -36,7 +38,7 @@ class Attempt:
         "_tokens",
         "_transport",
         "_worker_seen",
-        "accepted",
+        "accepted_at",
         "first_byte_at",
         "last_sign_at",
         "worker",
@@ -44,7 +46,7 @@ class Attempt:
 
     def __init__(self, worker: Worker, downstream: Downstream, headers: Mapping[str, str], *, now: float, tokens: int = 0) -> None:
         self.worker = worker
-        self.accepted = False
+        self.accepted_at: float | None = None
         self.first_byte_at: float | None = None
         self.last_sign_at = now
         self._downstream = downstream
@@ -55,6 +57,7 @@ class Attempt:
         self._held = 0
         self._worker_seen = (0, 0)
         self._client_seen = (now, 0)
+        self._flow: tuple[float, int] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._stream: OutgoingStream | None = None
         self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -111,10 +114,20 @@ class Attempt:
         elif now - self.last_sign_at > patience_s:
             self.fail(UpstreamTimeout(f"the worker gave no sign for {patience_s:.0f} s"))
 
+    def flow(self, now: float) -> Flow | None:
+        """How it has gone since this was last asked; None where that says nothing of the worker: too early, or the client is slow."""
+        if self.first_byte_at is None or self.accepted_at is None:
+            return None
+        is_stream = self._downstream.is_stream
+        since, sent = self._flow or (self.first_byte_at if is_stream else self.accepted_at, 0)
+        first_s = None if self._flow or self._tokens or not is_stream else self.first_byte_at - self.accepted_at
+        self._flow = (now, self._downstream.bytes_sent)
+        return None if self._held else Flow(is_stream, first_s, self._downstream.bytes_sent - sent, max(1e-6, now - since))
+
     # -- StreamSink
 
     def on_accepted(self) -> None:
-        self.accepted = True
+        self.accepted_at = asyncio.get_running_loop().time()
 
     def on_progress(self, info: dict[str, Any]) -> None:
         self.last_sign_at = asyncio.get_running_loop().time()

@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector
 from mesh.dht.counts import Durations
 from proxy.choose import REASONS
 from proxy.directory_metrics import DirectoryCollector
-from proxy.fleet import Fleet, Worker
+from proxy.fleet import STANDINGS, Fleet, Worker
+from proxy.health import Cause
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -94,6 +95,16 @@ class _FleetCollector(Collector):
         for state in sorted({str(worker.record.state) for worker in workers}):
             linked.add_metric((state,), sum(str(worker.record.state) == state for worker in workers))
         yield linked
+        standing = GaugeMetricFamily("infermesh_workers_standing", "Linked workers, by how far they are trusted.", labels=("standing",))
+        for name in STANDINGS:
+            standing.add_metric((name,), sum(worker.standing == name for worker in workers))
+        yield standing
+        ejections = CounterMetricFamily(
+            "infermesh_ejections", "Workers that stopped getting requests for what they did.", labels=("cause",)
+        )
+        for cause in Cause:
+            ejections.add_metric((str(cause),), self._fleet.watch.ejections[cause])
+        yield ejections
         gauges: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
             ("infermesh_worker_in_flight", "Requests of this proxy at a worker.", lambda worker: worker.in_flight),
             ("infermesh_worker_waiting", "Requests waiting at a worker.", lambda worker: worker.waiting),

@@ -32,7 +32,20 @@ BY_LOAD = frozenset({"prefix", "least-loaded", "power-of-two"})
 class Plan:
     """One request's way. ``avoid`` grows by each worker that failed it."""
 
-    __slots__ = ("avoid", "call", "chain", "choice", "expected", "header", "priority", "project", "reroutes", "size_bytes", "tokens")
+    __slots__ = (
+        "avoid",
+        "call",
+        "chain",
+        "choice",
+        "expected",
+        "failures",
+        "header",
+        "priority",
+        "project",
+        "reroutes",
+        "size_bytes",
+        "tokens",
+    )
 
     def __init__(self, call: Call, project: str, header: Callable[[str], str | None]) -> None:
         self.call = call
@@ -44,6 +57,7 @@ class Plan:
         self.tokens = 0
         self.expected = 0
         self.avoid: frozenset[bytes] = frozenset()
+        self.failures: list[tuple[Worker, str]] = []
         self.reroutes = 0
         self.choice: Choice[Worker] | None = None
 

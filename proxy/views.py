@@ -81,6 +81,8 @@ class Views:
             "in_flight": linked.in_flight if linked else 0,
             "served": linked.served if linked else 0,
             "failed": linked.failed if linked else 0,
+            "standing": linked.standing if linked else "",
+            "standing_reason": linked.standing_reason if linked else "",
             "expires_in_s": round(record.expires - self._clock.wall(), 1),
             "capability": {
                 "gpu": capability.gpu,

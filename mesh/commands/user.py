@@ -219,7 +219,21 @@ def _show_workers(listed: list[dict[str, Any]]) -> None:
     if not listed:
         note("no worker is known here; `mesh invite worker` lets one join")
         return
-    columns = ("worker", "state", "models", "address", "engine", "region", "linked", "running", "waiting", "kv", "served", "reason")
+    columns = (
+        "worker",
+        "state",
+        "models",
+        "address",
+        "engine",
+        "region",
+        "linked",
+        "running",
+        "waiting",
+        "kv",
+        "served",
+        "standing",
+        "reason",
+    )
     rows = [
         (
             item.get("name") or str(item.get("id", ""))[:12],
@@ -233,7 +247,8 @@ def _show_workers(listed: list[dict[str, Any]]) -> None:
             item.get("waiting"),
             f"{item['kv_use']:.0%}" if isinstance(item.get("kv_use"), int | float) else "",
             item.get("served"),
-            item.get("reason"),
+            item.get("standing") if item.get("standing") != "trusted" else "",
+            item.get("standing_reason") or item.get("reason"),
         )
         for item in listed
     ]

@@ -105,7 +105,7 @@ class Link(asyncio.Protocol):
         self.hello: dict[str, Any] | None = None
         self.stats = LinkStats()
         self.up_since = clock.monotonic()
-        self.last_heard = self.up_since
+        self.last_heard = self.pinged_at = self.up_since
         self.closed = False
         self.draining = False
         self._loop = asyncio.get_running_loop()
@@ -156,7 +156,8 @@ class Link(asyncio.Protocol):
         self.write(encode_control(kind, 0, fields))
 
     def ping(self) -> None:
-        self.write(encode_frame(Frame.PING, 0, _STAMP.pack(self._clock.monotonic())))
+        self.pinged_at = self._clock.monotonic()
+        self.write(encode_frame(Frame.PING, 0, _STAMP.pack(self.pinged_at)))
 
     def close(self, reason: str) -> None:
         """End the link now; every open stream fails with `WorkerLost`."""

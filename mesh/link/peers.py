@@ -11,6 +11,7 @@ import asyncio
 import functools
 import random
 import ssl
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,14 +32,19 @@ from mesh.trust import Role
 log = structlog.get_logger(__name__)
 
 PROTOCOL_VERSION = 1
+REPLACED = "replaced"
+"""Why a link went down that another one to the same node took the place of."""
+MEASURE_S = 5.0
+"""A link that needs no ping gets one all the same, to know its round trip."""
+TICKS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkConfig:
-    """Timing of links, in seconds. ``silent_s`` is three missed heartbeats less a little."""
+    """Timing of links, in seconds. At each heartbeat a link is pinged on which nothing came for half of one."""
 
-    heartbeat_s: float = 1.0
-    silent_s: float = 2.8
+    heartbeat_s: float = 0.5
+    silent_s: float = 2.3
     handshake_s: float = 5.0
     backoff_first_s: float = 0.1
     backoff_most_s: float = 5.0
@@ -226,7 +232,7 @@ class Peers:
         self._boots[link.node_id] = record.boot
         self._remember(record)
         if old is not None:
-            self._owner.on_down(old, "replaced")
+            self._owner.on_down(old, REPLACED)
             if both_dialled:
                 self._retire(old)
             else:
@@ -309,18 +315,18 @@ class Peers:
         return lower_dialled
 
     async def _tick(self) -> None:
-        """Ping every link once a heartbeat and end those that have gone silent.
+        """Once a heartbeat, ping every link that is quiet and end those that have gone silent.
 
-        Silent also means: nothing came between the last two ticks and this one. A tick that comes late means that this process stood
+        Silent also means: nothing came between the last `TICKS` ticks and this one. A tick that comes late means that this process stood
         still, and what its peers sent meanwhile is read before the next.
         """
-        before = last = self._clock.monotonic()
+        ticks = deque([self._clock.monotonic()] * TICKS, maxlen=TICKS)
         while True:
             await self._clock.sleep(self._config.heartbeat_s)
             now = self._clock.monotonic()
             for link in list(self._open):
-                self._check(link, now, before)
-            before, last = last, now
+                self._check(link, now, ticks[0])
+            ticks.append(now)
 
     def _check(self, link: Link, now: float, before: float) -> None:
         limit_s = self._config.silent_s if link.hello is not None else self._config.handshake_s
@@ -329,7 +335,7 @@ class Peers:
             link.abort(f"silent for {now - link.last_heard:.1f} s")
         elif retired_at is not None and not link.streams and now - retired_at >= self._config.heartbeat_s:
             link.close("another link to this node is kept")
-        else:
+        elif now - link.last_heard > self._config.heartbeat_s / 2 or now - link.pinged_at > MEASURE_S:
             link.ping()
 
 

@@ -16,6 +16,7 @@ from mesh.link.link import IncomingStream, Link, LinkStats
 from mesh.records import Capability, Load, ModelEntry, Record, State
 from mesh.trust import Role
 from proxy.fleet import Fleet
+from proxy.health import Cause, Flow
 from proxy.metrics import Metrics
 from proxy.peers import Proxies
 from proxy.views import Views
@@ -31,6 +32,7 @@ class StandInLink:
     node_id: bytes
     draining: bool = False
     closed: bool = False
+    last_heard: float = 0.0
     stats: LinkStats = field(default_factory=LinkStats)
 
 
@@ -335,3 +337,172 @@ def test_choices_and_cached_tokens_are_counted(fleet: Fleet) -> None:
         "infermesh_prefix_hashes 0.0",
     ):
         assert line in text
+
+
+# -- health: what is heard and seen of workers decides who is a candidate
+
+
+@dataclass
+class Piece:
+    """What is asked of an attempt."""
+
+    worker: Any
+    rate: float
+
+    def flow(self, now: float) -> Flow | None:
+        return Flow(is_stream=True, first_s=None, sent_bytes=round(self.rate / 2), seconds=0.5)
+
+
+class Timed:
+    """A fleet on a clock of the test's own, ticking twice a second; ``names`` are its ready workers."""
+
+    def __init__(self, names: str) -> None:
+        self.clock = StoppedClock(1000.0)
+        self.fleet = Fleet(on_record=lambda record: None, clock=self.clock)
+        self.links = {name: up(self.fleet, record(name)) for name in names}
+        self.workers = {name: self.fleet.workers[name.encode() * 32] for name in names}
+        self.quiet = ""
+        self.rates: dict[str, float] = {}
+
+    def candidates(self) -> str:
+        return "".join(chr(worker.node_id[0]) for worker in self.fleet.candidates("m", "chat"))
+
+    def pass_s(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.5)):
+            self.clock.now += 0.5
+            for name, link in self.links.items():
+                if name not in self.quiet:
+                    link.last_heard = self.clock.now - 0.1
+            for name, rate in self.rates.items():
+                self.fleet.measure(Piece(self.workers[name], rate), self.clock.now)
+            self.fleet.tick()
+
+    def fail(self, name: str, times: int = 3) -> None:
+        for _ in range(times):
+            self.fleet.blame([(self.workers[name], "engine_unavailable")], answered=True)
+
+
+def test_silent_worker_gets_no_request_after_a_second_and_a_half_and_is_back_once_heard() -> None:
+    timed = Timed("abc")
+    timed.pass_s(3)
+    timed.quiet = "b"
+    timed.pass_s(1)
+    assert timed.candidates() == "abc"
+    timed.pass_s(1)
+    assert timed.candidates() == "ac"
+    assert timed.workers["b"].standing == "suspect"
+    assert timed.workers["b"].standing_reason.startswith("silent for")
+    timed.quiet = ""
+    timed.pass_s(0.5)
+    assert timed.candidates() == "abc"
+
+
+def test_where_all_are_silent_all_are_tried() -> None:
+    timed = Timed("ab")
+    timed.quiet = "ab"
+    timed.pass_s(10)
+    assert timed.candidates() == "ab"
+
+
+def test_proxy_that_stood_still_suspects_nobody() -> None:
+    timed = Timed("ab")
+    timed.pass_s(3)
+    timed.clock.now += 60
+    timed.fleet.tick()
+    assert timed.candidates() == "ab"
+    timed.pass_s(0.5)
+    assert timed.candidates() == "ab"
+
+
+def test_worker_whose_engine_stands_still_says_so_and_gets_nothing_until_it_moves() -> None:
+    timed = Timed("ab")
+    load = {"run": 1, "wait": 0, "yours": 1}
+    timed.fleet.on_load(as_link(timed.links["a"]), {**load, "stuck": True})
+    assert timed.candidates() == "b"
+    timed.pass_s(5)
+    assert timed.candidates() == "b"
+    assert timed.fleet.watch.ejections == {Cause.STUCK: 1}
+    timed.fleet.on_load(as_link(timed.links["a"]), load)
+    assert timed.candidates() == "ab"
+    with pytest.raises(ProtocolError):
+        timed.fleet.on_load(as_link(timed.links["a"]), {**load, "stuck": 1})
+
+
+def test_ejected_worker_is_no_candidate_nor_holder_and_gets_one_request_on_trial() -> None:
+    timed = Timed("ab")
+    timed.fleet.on_prefix(as_link(timed.links["a"]), {"new": True, "add": chain(1)})
+    timed.fail("a")
+    assert timed.candidates() == "b"
+    assert timed.fleet.holders("m", (chain(1),)) == {}
+    timed.pass_s(1)
+    assert timed.candidates() == "ab", "on trial"
+    assert timed.fleet.begin(timed.workers["a"])
+    assert timed.candidates() == "b", "one request at a time"
+    timed.fleet.end_trial(timed.workers["a"])
+    assert timed.candidates() == "ab", "its client went away: that says nothing"
+    assert timed.fleet.begin(timed.workers["a"])
+    timed.fleet.end_trial(timed.workers["a"])
+    timed.fleet.succeeded(timed.workers["a"])
+    assert not timed.fleet.begin(timed.workers["a"])
+    assert timed.candidates() == "ab"
+
+
+def test_request_that_fails_everywhere_is_held_against_nobody_but_one_that_succeeds_elsewhere_is() -> None:
+    timed = Timed("abcd")
+    a, b = timed.workers["a"], timed.workers["b"]
+    for _ in range(50):
+        timed.fleet.blame([(a, "engine_unavailable"), (b, "engine_unavailable")], answered=False)
+    assert timed.candidates() == "abcd"
+    for _ in range(50):
+        timed.fleet.blame([(a, "worker_lost")], answered=True)
+    assert timed.candidates() == "abcd", "a lost link speaks for itself"
+    for _ in range(3):
+        timed.fleet.blame([(a, "engine_unavailable"), (b, "worker_lost")], answered=True)
+    assert timed.candidates() == "bcd"
+
+
+def test_bad_requests_cannot_take_the_fleet_away() -> None:
+    timed = Timed("abcdef")
+    for _ in range(20):
+        for name in "abcdef":
+            timed.fail(name)
+    assert len(timed.candidates()) == 3
+
+
+def test_slow_worker_is_taken_out_while_its_streams_run() -> None:
+    timed = Timed("abc")
+    timed.rates = {"a": 100, "b": 1000, "c": 1200}
+    timed.pass_s(5)
+    assert timed.candidates() == "bc"
+
+
+def test_link_that_comes_and_goes_is_held_off_and_a_drained_or_replaced_one_is_not() -> None:
+    timed = Timed("ab")
+    for reason, draining in (("replaced", False), ("closed", True)) * 5:
+        timed.links["a"].draining = draining
+        timed.fleet.on_down(as_link(timed.links["a"]), reason)
+        timed.links["a"] = up(timed.fleet, record("a"))
+    assert timed.candidates() == "ba"
+    for _ in range(4):
+        timed.fleet.on_down(as_link(timed.links["a"]), "connection lost")
+        timed.links["a"] = up(timed.fleet, record("a"))
+    assert timed.candidates() == "b"
+    timed.workers["a"] = timed.fleet.workers[b"a" * 32]
+    timed.pass_s(3.5)
+    assert timed.candidates() == "b"
+    timed.pass_s(0.5)
+    assert timed.candidates() == "ba", "four losses: a second, two, four"
+
+
+def test_engine_that_keeps_crashing_is_held_off_but_one_restart_or_a_drain_is_not() -> None:
+    timed = Timed("ab")
+    seq = 1
+    for state in (State.STARTING, State.READY, State.DRAINING, State.READY, State.DRAINING, State.READY):
+        seq += 1
+        timed.fleet.on_record(as_link(timed.links["a"]), record("a", seq=seq, state=state))
+    assert timed.candidates() == "ab"
+    for state in (State.STARTING, State.READY):
+        seq += 1
+        timed.fleet.on_record(as_link(timed.links["a"]), record("a", seq=seq, state=state))
+    assert timed.candidates() == "b"
+    assert timed.workers["a"].standing_reason == "went away 2 times within 120 s"

@@ -81,7 +81,7 @@ async def test_bytes_pass_and_the_trailer_comes_back(stage: Stage) -> None:
     assert answer.complete
     assert answer.body == b"data: 1\n\n"
     assert int(answer.headers["openai-processing-ms"]) >= 0
-    assert stage.attempt.accepted
+    assert stage.attempt.accepted_at is not None
     assert stage.attempt.first_byte_at is not None
     assert stage.pair.alice.streams == stage.pair.bob.streams == 0
 
