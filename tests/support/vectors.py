@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mesh.documents import Document, seal_document
 from mesh.envelope import seal
 from mesh.invite import Invite, parse_token, seal_invite
 from mesh.membership import seal_membership
+from mesh.merkle import audit_path, leaf_hash, root_hash
+from mesh.receipts import Kind, Receipt, encode_receipt, seal_batch
 from mesh.records import Capability, Load, ModelEntry, Record, State, seal_record
 from mesh.trust import Issuer, Purpose, Role, key_id, raw_public_key, seal_keyset
 
@@ -69,6 +72,7 @@ def build() -> dict[str, dict[str, Any]]:
         "invite.json": common | _invite(keys, mesh_id),
         "document.json": _document(root, keys, seeds, mesh_id),
         "record.json": common | {"membership": membership.hex()} | _record(worker, membership),
+        "receipts.json": common | {"membership": membership.hex()} | _receipts(worker, membership),
     }
 
 
@@ -158,6 +162,26 @@ def _record(node: Ed25519PrivateKey, membership: bytes) -> dict[str, Any]:
         version="0.1.0",
     )
     return {"node_id": record.node_id.hex(), "record": seal_record(record, node, membership).signed.hex()}
+
+
+def _receipts(node: Ed25519PrivateKey, membership: bytes) -> dict[str, Any]:
+    """Three receipts, the batch they are signed in, and the path of the second."""
+    at = int(NOW * 1000)
+    plain = Receipt(id="req_1", attempt=1, at=at, side=Role.WORKER, peer=bytes(32), project="search", key=bytes(range(8)), model="qwen3-8b")
+    receipts = (
+        replace(plain, digest="sha256:" + "ab" * 32, task="chat", prompt=100, cached=64, completion=20, events=21, size_bytes=4200),
+        replace(plain, id="req_2", attempt=2, resumed=7, prompt=107, completion=5, size_bytes=900, status="cancelled", own_count=True),
+        replace(plain, id="up_1", kind=Kind.UPTIME, peer=b"", project="", key=b"", gpus=2, took_ms=60_000),
+    )
+    bodies = [encode_receipt(receipt) for receipt in receipts]
+    leaves = [leaf_hash(body) for body in bodies]
+    batch = seal_batch(node, membership, number=1, count=len(bodies), root=root_hash(leaves), previous=b"", at=at + 1000)
+    return {
+        "receipts": [body.hex() for body in bodies],
+        "root": root_hash(leaves).hex(),
+        "path_of_the_second": [step.hex() for step in audit_path(leaves, 1)],
+        "batch": batch.hex(),
+    }
 
 
 def _issuer(kid: str, key: Ed25519PrivateKey, *may: Purpose) -> Issuer:

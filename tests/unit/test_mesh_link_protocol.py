@@ -24,6 +24,7 @@ from mesh.link.frames import MAX_PAYLOAD_BYTES, Frame
 from mesh.link.link import MAX_INCOMING_STREAMS, WINDOW_BYTES
 from mesh.link.peers import PROTOCOL_VERSION, LinkConfig
 from mesh.membership import MAX_MEMBERSHIP_BYTES, MEMBERSHIP_DOMAIN
+from mesh.receipts import RECEIPTS_DOMAIN
 from mesh.records import MAX_RECORD_BYTES, RECORD_DOMAIN, State
 from mesh.trust import KEYSET_DOMAIN, Purpose, Role
 from proxy.openai import TASKS
@@ -94,7 +95,7 @@ def test_every_error_code_is_documented(kind: type[MeshError]) -> None:
         ("Envelope", f"{MAX_ENVELOPE_BYTES:,} bytes"),
         *(
             ("Envelope", f"`{domain}`")
-            for domain in (KEYSET_DOMAIN, MEMBERSHIP_DOMAIN, RECORD_DOMAIN, APIKEY_DOMAIN, INVITE_DOMAIN, DOCUMENT_DOMAIN)
+            for domain in (KEYSET_DOMAIN, MEMBERSHIP_DOMAIN, RECORD_DOMAIN, APIKEY_DOMAIN, INVITE_DOMAIN, DOCUMENT_DOMAIN, RECEIPTS_DOMAIN)
         ),
         ("Envelope", f"{MAX_MEMBERSHIP_BYTES} bytes"),
         ("Envelope", f"{MAX_RECORD_BYTES:,} bytes"),
