@@ -31,6 +31,9 @@
     │   ├── EngineUnavailable       its engine does not answer
     │   ├── UpstreamTimeout         no byte and no sign of progress in time
     │   └── ProtocolError           it broke the link's rules
+    ├── StreamStuck                 a stream lost its worker in the middle and goes on at no other
+    │   ├── NotMovable              no stream of its kind does, since it could not be exact
+    │   └── NotResumed              a worker that was asked to go on with it could not, or not exactly
     ├── EngineError                 (inside a worker) the engine cannot be started or kept running
     │   └── ModelSourceError        the model cannot be had: fetch, checksum or format
     ├── DirectoryError              the directory cannot do what was asked
@@ -246,6 +249,24 @@ class ProtocolError(WorkerError):
     """The peer broke the rules of the link."""
 
     code = "protocol_error"
+
+
+class StreamStuck(MeshError):
+    """The stream lost its worker and cannot go on at another one."""
+
+    code = "stream_stuck"
+
+
+class NotMovable(StreamStuck):
+    """The stream lost its worker, and one of its kind cannot go on exactly at another."""
+
+    code = "not_movable"
+
+
+class NotResumed(StreamStuck):
+    """The stream lost its worker, and no other could go on with it exactly."""
+
+    code = "not_resumed"
 
 
 class EngineError(MeshError):

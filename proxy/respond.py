@@ -22,6 +22,7 @@ from mesh.errors import (
     RequestError,
     RouteNotFound,
     SlowRequest,
+    StreamStuck,
     UpstreamTimeout,
     WorkerError,
 )
@@ -44,6 +45,7 @@ STATUS: dict[type[MeshError], tuple[int, str]] = {
     CapacityError: (503, "service_unavailable_error"),
     UpstreamTimeout: (504, "api_error"),
     WorkerError: (502, "api_error"),
+    StreamStuck: (502, "api_error"),
     MeshError: (500, "api_error"),
 }
 """Status and OpenAI type by error class; a class not listed takes its nearest ancestor's."""

@@ -4,8 +4,9 @@
 
     payload length (4, big-endian) ‖ stream (4) ‖ type (1) ‖ payload
 
-Stream 0 is the link itself. Control payloads are one msgpack map each; DATA is raw bytes, CREDIT a 4-byte count, PING and
-PONG 8 bytes echoed. A peer that breaks a rule here has broken the link: the error is a `ProtocolError` and the connection ends.
+Stream 0 is the link itself. Control payloads are one msgpack map each; DATA is raw bytes, TOKENS the same after a piece of trail,
+CREDIT a 4-byte count, PING and PONG 8 bytes echoed. A peer that breaks a rule here has broken the link: the error is a `ProtocolError`
+and the connection ends.
 """
 
 from __future__ import annotations
@@ -46,7 +47,14 @@ class Frame(IntEnum):
     PING = 14
     PONG = 15
     PREFIX = 16
+    TOKENS = 17
 
+
+MAX_TRAIL_PIECE_BYTES = 255
+MAX_TOKENS_DATA_BYTES = MAX_PAYLOAD_BYTES - 1 - MAX_TRAIL_PIECE_BYTES
+"""So much of an answer's body fits into any TOKENS frame."""
+_TOKENS = int(Frame.TOKENS)
+_LENGTHS = tuple(bytes([length]) for length in range(MAX_TRAIL_PIECE_BYTES + 1))
 
 LINK_CONTROL = frozenset({Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX})
 """Control frames of the link itself that come after HELLO."""
@@ -57,6 +65,11 @@ def encode_frame(kind: int, stream: int, payload: bytes | bytearray = b"") -> by
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(f"a frame holds at most {MAX_PAYLOAD_BYTES} bytes, not {len(payload)}")
     return HEADER.pack(len(payload), stream, kind) + payload
+
+
+def encode_tokens(stream: int, trail: bytes, data: bytes) -> bytes:
+    """A TOKENS frame: DATA with up to `MAX_TRAIL_PIECE_BYTES` of trail before it. ``data`` leaves room for them."""
+    return HEADER.pack(len(trail) + len(data) + 1, stream, _TOKENS) + _LENGTHS[len(trail)] + trail + data
 
 
 def encode_control(kind: int, stream: int, fields: Mapping[str, Any]) -> bytes:

@@ -27,6 +27,7 @@ from mesh.link.frames import (
     encode_control,
     encode_credit,
     encode_frame,
+    encode_tokens,
     parse_control,
     parse_credit,
 )
@@ -39,7 +40,10 @@ MAX_STREAM_NUMBER = 2**32 - 1
 MAX_UNSENT_BYTES = 256 * 1024 * 1024
 """More than this waiting for a peer that does not read ends the link. Credit bounds answers long before; this bounds control frames."""
 _HIGH_WATER_BYTES = 4 * 1024 * 1024
-_DATA = int(Frame.DATA)
+MAX_TRAIL_BYTES = 256 * 1024
+"""More trail than this is not kept: some 40,000 tokens. A stream that long stays where it is."""
+_TOKENS = int(Frame.TOKENS)
+_BODY = frozenset({int(Frame.DATA), _TOKENS})
 _STAMP = struct.Struct(">d")
 
 
@@ -233,9 +237,13 @@ class Link(asyncio.Protocol):
         outgoing = self._outgoing
         try:
             for kind, number, payload in self._reader.feed(data):
-                if kind == _DATA:
+                if kind in _BODY:
                     stream = outgoing.get(number)
                     if stream is not None:
+                        if kind == _TOKENS:
+                            payload = stream.keep_trail(payload)
+                            if not payload:
+                                continue
                         stream.unread += len(payload)
                         if stream.unread > WINDOW_BYTES:
                             raise ProtocolError("more DATA than credit")
@@ -406,16 +414,20 @@ class _Sending:
         self.link.write(encode_frame(Frame.DATA, self.number, data))
         return True
 
+    async def credit(self, count: int) -> None:
+        """Wait until so many bytes may be sent, or the stream is over."""
+        while self._credit < count and not self.done:
+            self._more = self._more or asyncio.Event()
+            self._more.clear()
+            await self._more.wait()
+
     async def send(self, data: bytes | bytearray) -> None:
         """Send all of ``data``, waiting for credit. Raises `WorkerLost` if the stream ends first."""
         if self.send_now(data):
             return
         view = memoryview(data)
         while view:
-            while self._credit <= 0 and not self.done:
-                self._more = self._more or asyncio.Event()
-                self._more.clear()
-                await self._more.wait()
+            await self.credit(1)
             await self.link.writable()
             if self.done or self.link.closed:
                 raise WorkerLost("the stream ended while it was being written")
@@ -428,13 +440,25 @@ class _Sending:
 class OutgoingStream(_Sending):
     """A stream this side opened: the request's body goes out, the answer comes to ``sink``."""
 
-    __slots__ = ("_owed", "sink", "unread")
+    __slots__ = ("_owed", "sink", "trail", "unread")
 
     def __init__(self, link: Link, number: int, sink: StreamSink) -> None:
         super().__init__(link, number)
         self.sink = sink
         self.unread = 0
+        self.trail: bytearray | None = None
+        """Where the trail goes, if TOKENS were asked for; full at `MAX_TRAIL_BYTES`."""
         self._owed = 0
+
+    def keep_trail(self, payload: bytes) -> bytes:
+        """Take the trail off a TOKENS payload; returns the answer's own bytes. Raises `ProtocolError`."""
+        trail = self.trail
+        if trail is None or not payload or payload[0] >= len(payload):
+            raise ProtocolError("bad TOKENS frame")
+        cut = payload[0] + 1
+        if len(trail) < MAX_TRAIL_BYTES:
+            trail += payload[1:cut]
+        return payload[cut:]
 
     def end(self) -> None:
         """The request's body is complete."""
@@ -495,6 +519,26 @@ class IncomingStream(_Sending):
                 self._arrived = self._arrived or asyncio.Event()
                 self._arrived.clear()
                 await self._arrived.wait()
+
+    def send_tokens_now(self, trail: bytes, data: bytes) -> bool:
+        """Send ``data`` whole, its trail with it, if credit and buffers allow it at once; False if the caller must `send_tokens`."""
+        size = len(data)
+        if size > self._credit or not self.link._writable.is_set():
+            return False
+        self._credit -= size
+        self.link.write(encode_tokens(self.number, trail, data))
+        return True
+
+    async def send_tokens(self, trail: bytes, data: bytes) -> None:
+        """As `send_tokens_now`, waiting for credit: what a client has and what its trail says must never differ, so nothing goes in parts.
+
+        ``data`` has at most `mesh.link.frames.MAX_TOKENS_DATA_BYTES`. Raises `WorkerLost` if the stream ends first.
+        """
+        while not self.send_tokens_now(trail, data):
+            await self.credit(len(data))
+            await self.link.writable()
+            if self.done or self.link.closed:
+                raise WorkerLost("the stream ended while it was being written")
 
     def accept(self) -> None:
         self.link.write(encode_control(Frame.ACCEPTED, self.number, {}))

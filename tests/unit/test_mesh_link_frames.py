@@ -24,6 +24,7 @@ from mesh.link.frames import (
     encode_control,
     encode_credit,
     encode_frame,
+    encode_tokens,
     parse_control,
     parse_credit,
 )
@@ -64,11 +65,15 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "drain": (Frame.DRAIN, 0, {}),
         "load with prefill": (Frame.LOAD, 0, {"run": 3, "wait": 0, "kv": 0.25, "yours": 2, "n": 7, "pre": 12000, "rate": 7000, "last": 41}),
         "open of a long prompt": (Frame.OPEN, 5, {**request, "pri": 2, "pfx": bytes(range(16)), "txt": 1100, "seen": 7}),
+        "open of a stream that moves": (Frame.OPEN, 7, {**request, "trail": 1024}),
+        "head of a stream that has moved": (Frame.HEAD, 7, {"status": 200, "type": "text/event-stream", "resumed": 170}),
+        "head of a stream that cannot move": (Frame.HEAD, 9, {"status": 200, "type": "text/event-stream", "fixed": "tools"}),
         "prefixes, all": (Frame.PREFIX, 0, {"new": True, "add": bytes(range(16))}),
         "prefixes, a change": (Frame.PREFIX, 0, {"add": bytes(range(16, 24)), "del": bytes(range(8))}),
     }
     raw = {
         "data": (Frame.DATA, 1, encode_frame(Frame.DATA, 1, event)),
+        "tokens": (Frame.TOKENS, 1, encode_tokens(1, bytes.fromhex("1301b703"), event)),
         "credit": (Frame.CREDIT, 1, encode_credit(1, 131072)),
         "cancel": (Frame.CANCEL, 1, encode_frame(Frame.CANCEL, 1)),
         "ping": (Frame.PING, 0, encode_frame(Frame.PING, 0, bytes(range(8)))),
@@ -82,7 +87,7 @@ def build_vectors() -> list[dict[str, Any]]:
     for name, (kind, stream, frame) in examples().items():
         payload = frame[HEADER_BYTES:]
         vector: dict[str, Any] = {"name": name, "type": kind.name, "number": int(kind), "stream": stream, "frame": frame.hex()}
-        if kind not in (Frame.DATA, Frame.CREDIT, Frame.CANCEL, Frame.PING, Frame.PONG):
+        if kind not in (Frame.DATA, Frame.TOKENS, Frame.CREDIT, Frame.CANCEL, Frame.PING, Frame.PONG):
             fields = parse_control(payload)
             vector["fields"] = {key: {"hex": value.hex()} if isinstance(value, bytes) else value for key, value in fields.items()}
         built.append(vector)
