@@ -89,6 +89,18 @@ class BadRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentFact:
+    """A document this proxy holds. So many of ``asked`` nodes nearest to its key list the same, a newer one, or another of this seq."""
+
+    title: str
+    seq: int
+    asked: int
+    same: int
+    newer: int
+    rival: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Times are wall-clock seconds as the mesh counts them. ``reachable`` is how many nodes the view knows that could be peers."""
 
@@ -97,6 +109,7 @@ class Facts:
     peers: tuple[Answer, ...]
     lost: tuple[Answer, ...]
     doors: tuple[Answer, ...]
+    tcp_doors: tuple[Answer, ...]
     table_size: int
     failing: int
     reachable: int
@@ -104,6 +117,10 @@ class Facts:
     linked: int
     ready: int
     unlinked: tuple[Unlinked, ...]
+    others_share: int
+    documents_held: int
+    documents_unsaved: int
+    documents: tuple[DocumentFact, ...]
     epochs: frozenset[int]
     member_issued: float
     member_expires: float
@@ -186,23 +203,43 @@ def _table(facts: Facts) -> Finding:
 
 
 def check_bootstraps(facts: Facts) -> list[Finding]:
+    """Over UDP, where the directory is, and over TCP, where nodes join and renew."""
     if not facts.doors:
         advice = "name one with --bootstrap, so that this proxy finds its way back after a long absence"
         return [Finding(check="bootstraps", severity=Severity.WARN, what="this proxy knows of no bootstrap node", advice=advice)]
+    return [_doors(facts), _tcp_doors(facts)]
+
+
+def _doors(facts: Facts) -> Finding:
     silent = [door for door in facts.doors if door.rtt_s is None]
     detail = _answers(silent)
     if len(silent) == len(facts.doors):
         what = "no bootstrap node answers"
         left = _span(facts.member_expires - facts.now)
         advice = f"start one again: until then nobody can join or renew, and this proxy's credentials end in {left}; traffic goes on"
-        return [Finding(check="bootstraps", severity=Severity.FAIL, what=what, detail=detail, advice=advice)]
+        return Finding(check="bootstraps", severity=Severity.FAIL, what=what, detail=detail, advice=advice)
     if silent:
         what = f"{len(silent)} of {_count(len(facts.doors), 'bootstrap node')} do not answer"
         advice = "start them again, or take them out of --bootstrap if they are gone for good"
-        return [Finding(check="bootstraps", severity=Severity.WARN, what=what, detail=detail, advice=advice)]
+        return Finding(check="bootstraps", severity=Severity.WARN, what=what, detail=detail, advice=advice)
     slowest = max(door.rtt_s or 0.0 for door in facts.doors)
     what = f"{_count(len(facts.doors), 'bootstrap node')}, all answer" if len(facts.doors) > 1 else "the bootstrap node answers"
-    return [Finding(check="bootstraps", severity=Severity.OK, what=what, detail=f"slowest {slowest * 1000:.1f} ms")]
+    return Finding(check="bootstraps", severity=Severity.OK, what=what, detail=f"slowest {slowest * 1000:.1f} ms")
+
+
+def _tcp_doors(facts: Facts) -> Finding:
+    closed = [door for door in facts.tcp_doors if door.rtt_s is None]
+    if len(closed) == len(facts.tcp_doors):
+        severity, what = Severity.FAIL, "no bootstrap node takes TCP connections"
+    elif closed:
+        severity, what = Severity.WARN, f"{len(closed)} of {_count(len(facts.tcp_doors), 'bootstrap node')} take no TCP connections"
+    else:
+        slowest = max(door.rtt_s or 0.0 for door in facts.tcp_doors)
+        what = "nodes can join and renew over TCP"
+        return Finding(check="enrolment", severity=Severity.OK, what=what, detail=f"slowest connection {slowest * 1000:.1f} ms")
+    left = _span(facts.member_expires - facts.now)
+    advice = f"let TCP through to its --port as well as UDP: nodes join and renew there, and this proxy's credentials end in {left}"
+    return Finding(check="enrolment", severity=severity, what=what, detail=_answers(closed), advice=advice)
 
 
 def check_records(facts: Facts) -> list[Finding]:
@@ -226,6 +263,8 @@ def check_links(facts: Facts) -> list[Finding]:
         return [Finding(check="links", severity=Severity.WARN, what="no worker is known", advice=advice)]
     missing = [one for one in facts.unlinked if one.up_s >= YOUNG_S]
     linked = f"{_count(facts.linked, 'worker')} linked, {facts.ready} ready"
+    if facts.others_share:
+        linked += f"; {facts.others_share} more are other proxies' share"
     if not missing:
         young = f"; {_count(len(facts.unlinked), 'worker')} just started" if facts.unlinked else ""
         severity = Severity.OK if facts.ready or facts.unlinked else Severity.WARN
@@ -236,6 +275,32 @@ def check_links(facts: Facts) -> list[Finding]:
     what = f"{_count(len(missing), 'worker')} known but not linked ({linked})"
     advice = "if it died, nothing: its record ends by itself; else check --advertise and the firewall, or start it with --outbound"
     return [Finding(check="links", severity=severity, what=what, detail=detail, advice=advice)]
+
+
+def check_documents(facts: Facts) -> list[Finding]:
+    """What this proxy holds against what the nodes nearest to each document's key list."""
+    held = _count(facts.documents_held, "document")
+    if facts.documents_unsaved:
+        what = f"{_count(facts.documents_unsaved, 'change')} of documents could not be written to disk"
+        advice = "make room in --state-dir: after a restart this proxy would not know which versions are old"
+        return [Finding(check="documents", severity=Severity.FAIL, what=what, detail=f"{held} held", advice=advice)]
+    apart = [one for one in facts.documents if one.rival or one.newer]
+    alone = [one for one in facts.documents if one.asked and not one.same and one not in apart]
+    if apart:
+        what = f"nodes disagree about {_count(len(apart), 'document')}"
+        advice = "it passes within minutes; if it stays, two were written at once or a holder is broken: write the document again"
+        return [Finding(check="documents", severity=Severity.WARN, what=what, detail=_names(map(_standing, apart)), advice=advice)]
+    if alone:
+        what = f"{_count(len(alone), 'document')} held by none of the nodes that should"
+        advice = "it is offered to them every five minutes; see the findings about peers if it stays so"
+        return [Finding(check="documents", severity=Severity.WARN, what=what, detail=_names(map(_standing, alone)), advice=advice)]
+    detail = _names(f"{one.title} seq {one.seq}, {one.same} of {_count(one.asked, 'node')}" for one in facts.documents)
+    return [Finding(check="documents", severity=Severity.OK, what=f"{held} held", detail=detail)]
+
+
+def _standing(one: DocumentFact) -> str:
+    others = f"a newer one at {one.newer}, another at {one.rival}"
+    return f"{one.title}: seq {one.seq} here and at {one.same} of {_count(one.asked, 'node')}, {others}"
 
 
 def check_credentials(facts: Facts) -> list[Finding]:
@@ -317,6 +382,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     check_bootstraps,
     check_records,
     check_links,
+    check_documents,
     check_credentials,
     check_lookup,
     check_refusals,

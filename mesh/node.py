@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -21,6 +22,7 @@ from mesh.identity import Identity, TlsContexts
 from mesh.link.frames import Frame
 from mesh.link.peers import LinkConfig, Peers, PeersOwner
 from mesh.membership import MembershipCache
+from mesh.neighbours import LINKED_WORKERS, Neighbours
 from mesh.records import Capability, Load, ModelEntry, Record, State, seal_record
 from mesh.trust import Role
 
@@ -29,6 +31,8 @@ log = structlog.get_logger(__name__)
 PUBLISH_DEADLINE_S = 5.0
 WATCH_S = 2.0
 """How often the directory is read again for nodes to link with; holders push what changes in between."""
+SHARE_S = 5.0
+MOST_LET_GO = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +168,11 @@ class MeshNode:
         clock: Clock,
         rng: random.Random,
         links: LinkConfig | None = None,
+        linked_workers: int = LINKED_WORKERS,
     ) -> None:
         self._directory = directory
+        self._clock = clock
+        self._sharing: asyncio.Task[None] | None = None
         self._links_with = frozenset(links_with)
         self._announcer = Announcer(
             identity,
@@ -177,6 +184,14 @@ class MeshNode:
             rng=rng,
             on_sign=lambda record: self.peers.broadcast(Frame.RECORD, {"rec": record.signed}),
         )
+        self.neighbours = Neighbours(
+            identity.node_id,
+            identity.role,
+            directory,
+            size=linked_workers,
+            outbound_only=lambda: not self.addresses,
+            clock=clock,
+        )
         self.peers = Peers(
             identity,
             TlsContexts(identity, state_dir),
@@ -187,6 +202,7 @@ class MeshNode:
             clock=clock,
             rng=rng,
             config=links,
+            wants=self.neighbours.wants,
         )
 
     @property
@@ -208,9 +224,24 @@ class MeshNode:
         self._announcer.start()
         for role in sorted(self._links_with):
             self._directory.watch(role, self.peers.want, interval_s=WATCH_S)
+        if Role.WORKER in self._links_with:
+            self._sharing = asyncio.create_task(self._share())
+
+    async def _share(self) -> None:
+        """Let go of workers that are other proxies' share now, a few at a time and none that is at work."""
+        while True:
+            await self._clock.sleep(SHARE_S)
+            if not self.neighbours.shares():
+                continue
+            known = (record for record in self._directory.known(Role.WORKER) if record.node_id in self.peers.links)
+            for record in islice((record for record in known if not self.neighbours.keeps(record)), MOST_LET_GO):
+                self.peers.let_go(record.node_id)
 
     async def stop(self) -> None:
         """Say good-bye, over the links and in the directory, then close the links."""
+        if self._sharing is not None:
+            self._sharing.cancel()
+            await asyncio.gather(self._sharing, return_exceptions=True)
         await self._announcer.stop()
         await self.peers.stop()
 

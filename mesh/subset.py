@@ -13,7 +13,7 @@ takes no worker out of service.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 MIN_COPIES = 3
 
@@ -25,16 +25,10 @@ def copies_for(workers: int, proxies: int, *, size: int) -> int:
     return max(1, min(proxies, max(MIN_COPIES, size * proxies // workers)))
 
 
-def belongs(worker: bytes, proxy: bytes, proxies: Sequence[bytes], copies: int) -> bool:
-    """Whether ``proxy`` is among the first ``copies`` in the worker's ranking of ``proxies`` (highest random weight, Thaler 1996)."""
+def place_of(worker: bytes, proxy: bytes, proxies: Iterable[bytes]) -> int:
+    """How many of ``proxies`` come before ``proxy`` in the worker's ranking (highest random weight, Thaler 1996)."""
     own = _weight(worker, proxy)
-    better = 0
-    for other in proxies:
-        if other != proxy and _weight(worker, other) < own:
-            better += 1
-            if better >= copies:
-                return False
-    return True
+    return sum(other != proxy and _weight(worker, other) < own for other in proxies)
 
 
 def subset(workers: Iterable[bytes], proxy: bytes, proxies: Iterable[bytes], *, size: int) -> list[bytes]:
@@ -47,7 +41,7 @@ def subset(workers: Iterable[bytes], proxy: bytes, proxies: Iterable[bytes], *, 
     copies = copies_for(len(all_workers), len(all_proxies), size=size)
     if copies >= len(all_proxies):
         return all_workers
-    return [worker for worker in all_workers if belongs(worker, proxy, all_proxies, copies)]
+    return [worker for worker in all_workers if place_of(worker, proxy, all_proxies) < copies]
 
 
 def _weight(worker: bytes, proxy: bytes) -> bytes:

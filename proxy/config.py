@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mesh.config import NodeConfig
+from mesh.neighbours import LINKED_WORKERS
 from mesh.settings import setting
 from mesh.trust import Role
 from proxy.choose import POLICIES
@@ -46,6 +47,9 @@ class ProxyConfig(NodeConfig):
     idle_timeout_s: float = setting(75.0, metavar="TIME", help="How long a connection may wait for its next request.")
     body_timeout_s: float = setting(60.0, metavar="TIME", help="How long a request body may take to arrive.")
     routing: str = setting("prefix", choices=tuple(POLICIES), help="How a worker is chosen: by cached prefix and load, or more simply.")
+    linked_workers: int = setting(
+        LINKED_WORKERS, metavar="N", help="Workers linked with where the mesh has more; proxies share them out. 0: all of them."
+    )
     retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
 
     def __post_init__(self) -> None:
@@ -63,4 +67,5 @@ class ProxyConfig(NodeConfig):
         for name in ("head_timeout_s", "idle_timeout_s", "body_timeout_s"):
             self.require(getattr(self, name) > 0, name, "must be more than zero")
         self.require(self.first_byte_timeout_s > 0, "first_byte_timeout_s", "must be more than zero")
+        self.require(self.linked_workers >= 0, "linked_workers", "must not be negative")
         self.require(0 <= self.retry_limit <= 10, "retry_limit", "must be from 0 to 10")

@@ -6,17 +6,19 @@ Unlike `proxy.views` this asks the network, so it takes time and costs peers som
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from mesh.address import parse_address
+from mesh.address import Address, parse_address
 from mesh.claims import CLOCK_SKEW_S
 from mesh.clock import Clock
-from mesh.dht.explain import Explained, Found, Probe, explain, knock, probe
+from mesh.dht.exchange import Standing
+from mesh.dht.explain import Explained, Found, Probe, compare_documents, explain, knock, probe
 from mesh.dht.verify import peek
 from mesh.directory import Directory
-from mesh.doctor import LOST_WITHIN_S, STALE_SHARE, Answer, BadRecord, Facts, Finding, RecordFact, Unlinked, diagnose, worst
+from mesh.doctor import LOST_WITHIN_S, STALE_SHARE, Answer, BadRecord, DocumentFact, Facts, Finding, RecordFact, Unlinked, diagnose, worst
 from mesh.errors import InvalidRequest, RateLimited, UsageError
 from mesh.https import plain_reason
 from mesh.identity import Identity
@@ -30,20 +32,31 @@ LOOKUP_S = 5.0
 DIAL_S = 1.0
 MOST_DIALLED = 16
 MOST_LOST = 16
+MOST_COMPARED = 16
 MAX_NAME = 256
 _BREATHE_EVERY = 256
 _HARMLESS = frozenset({"good", "older", "expired"})
 
 
 class Explainer:
-    """JSON-ready answers."""
+    """JSON-ready answers. ``wants`` says which workers are this proxy's to link with."""
 
-    def __init__(self, fleet: Fleet, directory: Directory, views: Views, *, identity: Identity, clock: Clock) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        directory: Directory,
+        views: Views,
+        *,
+        identity: Identity,
+        clock: Clock,
+        wants: Callable[[Record], bool] = lambda record: True,
+    ) -> None:
         self._fleet = fleet
         self._directory = directory
         self._views = views
         self._identity = identity
         self._clock = clock
+        self._wants = wants
         self._gate = asyncio.Semaphore(AT_ONCE)
 
     def peers(self) -> dict[str, Any]:
@@ -164,12 +177,15 @@ class Explainer:
         table = sorted(node.table, key=lambda contact: contact.seen)
         gone = [(contact, gone_s) for contact, gone_s in node.lost() if gone_s <= LOST_WITHIN_S][:MOST_LOST]
         records = await self._record_facts()
-        peers, lost, doors, seen, unlinked = await asyncio.gather(
+        missing = [record for record in self._views.records(Role.WORKER) if record.node_id not in self._fleet.workers]
+        ours = [record for record in missing if self._wants(record)]
+        peers, lost, (doors, tcp_doors), seen, unlinked, standings = await asyncio.gather(
             probe(node, table),
             probe(node, [contact for contact, _ in gone]),
-            knock(node),
+            asyncio.gather(knock(node), _knock_tcp(node.bootstraps[:MOST_DIALLED])),
             explain(node, "role", str(Role.WORKER), timeout_s=LOOKUP_S),
-            self._unlinked(),
+            self._unlinked(ours),
+            compare_documents(node, MOST_COMPARED),
         )
         offsets = node.time.offsets()
         member = self._identity.membership
@@ -182,6 +198,7 @@ class Explainer:
             peers=tuple(_answer(one) for one in peers),
             lost=tuple(_answer(one, away.get(one.node_id or b"")) for one in lost),
             doors=tuple(_answer(one) for one in doors),
+            tcp_doors=tcp_doors,
             table_size=len(table),
             failing=sum(peer.failing for peer in directory.peers()),
             reachable=self._reachable(),
@@ -189,6 +206,10 @@ class Explainer:
             linked=len(self._fleet.workers),
             ready=sum(worker.routable for worker in self._fleet.workers.values()),
             unlinked=unlinked,
+            others_share=len(missing) - len(ours),
+            documents_held=len(node.documents),
+            documents_unsaved=node.documents.unsaved_count,
+            documents=tuple(_document(one) for one in standings),
             epochs=frozenset(key.epoch for key in self._identity.credentials.network_keys),
             member_issued=member.issued,
             member_expires=member.expires,
@@ -220,8 +241,7 @@ class Explainer:
             facts.append(RecordFact(name=_short(record.node_id), role=str(record.role), life_s=_life_s(record), left_s=left_s))
         return tuple(facts)
 
-    async def _unlinked(self) -> tuple[Unlinked, ...]:
-        missing = [record for record in self._views.records(Role.WORKER) if record.node_id not in self._fleet.workers]
+    async def _unlinked(self, missing: list[Record]) -> tuple[Unlinked, ...]:
         why = await asyncio.gather(*(_why_unlinked(record) for record in missing[:MOST_DIALLED]))
         why += ["not looked into"] * (len(missing) - len(why))
         now = self._clock.wall()
@@ -266,6 +286,37 @@ async def _why_unlinked(record: Record) -> str:
         return f"{record.addresses[0]}: {plain_reason(error) if isinstance(error, OSError) else error.message}"
     writer.close()
     return f"{record.addresses[0]} takes connections, but no link came about; see link.dial_failed with --log-level debug"
+
+
+async def _knock_tcp(doors: Iterable[tuple[str, int]]) -> tuple[Answer, ...]:
+    """Whether bootstrap nodes' ports take TCP connections: there nodes join and renew."""
+    return tuple(await asyncio.gather(*(_connect(host, port) for host, port in doors)))
+
+
+async def _connect(host: str, port: int) -> Answer:
+    name = str(Address(host, port))
+    began = time.perf_counter()
+    try:
+        async with asyncio.timeout(DIAL_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except TimeoutError:
+        return Answer(name="", address=name, rtt_s=None, error="no connection over TCP")
+    except OSError as error:
+        return Answer(name="", address=name, rtt_s=None, error=plain_reason(error))
+    writer.close()
+    return Answer(name="", address=name, rtt_s=time.perf_counter() - began)
+
+
+def _document(standing: Standing) -> DocumentFact:
+    document = standing.document
+    return DocumentFact(
+        title=document.title,
+        seq=document.seq,
+        asked=standing.asked,
+        same=standing.same,
+        newer=standing.newer,
+        rival=standing.rival,
+    )
 
 
 def _life_s(record: Record) -> float:

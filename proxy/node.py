@@ -62,9 +62,10 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         version=__version__,
         clock=clock,
         rng=rng,
+        linked_workers=config.linked_workers,
     )
     views = Views(fleet, proxies, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
-    explainer = Explainer(fleet, directory, views, identity=identity, clock=clock)
+    explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants)
     metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
     gate = Gate(identity.trust, clock=clock, region=config.region)
     app = App(config, gate=gate, fleet=fleet, views=views, explainer=explainer, metrics=metrics, rng=rng)

@@ -196,8 +196,8 @@ class DocumentStore:
     # on disk
 
     @property
-    def has_unsaved(self) -> bool:
-        return bool(self._unsaved)
+    def unsaved_count(self) -> int:
+        return len(self._unsaved)
 
     def unsaved(self) -> dict[Path, bytes | None]:
         """What has changed since it was last asked for: files and their contents, None for one to be removed. See `write_files`."""

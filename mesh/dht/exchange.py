@@ -57,6 +57,18 @@ Walk = Callable[[bytes], Awaitable[list[Contact]]]
 Listener = Callable[[Document], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How a document held here compares with what the nodes nearest to its key list: so many of ``asked`` list the same, a higher seq, or
+    another version with the same seq. What they list is not verified."""
+
+    document: Document
+    asked: int
+    same: int
+    newer: int
+    rival: int
+
+
 @dataclass(slots=True, kw_only=True)
 class _Listed:
     """A version and who lists it."""
@@ -236,7 +248,7 @@ class Exchange:
         self._save_soon()
 
     def _save_soon(self) -> None:
-        if self._store.has_unsaved:
+        if self._store.unsaved_count:
             self._tasks.start(self.save(), name="directory documents to disk")
 
     async def save(self) -> None:
@@ -349,16 +361,32 @@ class Exchange:
             found[document.seq] = _version_of(document)
         return [found[number] for number in sorted(found, reverse=True)]
 
-    async def _versions(self, key: bytes) -> list[_Listed]:
-        """Every version that some holder lists, we among them: the newest first, of two with one seq the one with more holders."""
+    async def compare(self, document: Document) -> Standing:
+        """For a person to read."""
+        lists = [listed for _, listed in await self._lists(document.key)]
+        newest = [listed[max(listed)] for listed in lists if listed]
+        return Standing(
+            document=document,
+            asked=len(lists),
+            same=sum(version.digest == document.digest for version in newest),
+            newer=sum(version.seq > document.seq for version in newest),
+            rival=sum(version.seq == document.seq and version.digest != document.digest for version in newest),
+        )
+
+    async def _lists(self, key: bytes) -> list[tuple[Contact, dict[int, Version]]]:
+        """What each of the nodes nearest to the key lists, by seq."""
         contacts = (await self._walk(key))[: self._config.read_width]
         body = msgpack.packb([key])
         replies = await asyncio.gather(
             *(self._protocol.request(contact.address, Op.DOC_LIST, body, node_id=contact.id) for contact in contacts)
         )
+        return [(contact, parse_list(reply)) for contact, reply in zip(contacts, replies, strict=True)]
+
+    async def _versions(self, key: bytes) -> list[_Listed]:
+        """Every version that some holder lists, we among them: the newest first, of two with one seq the one with more holders."""
         found: dict[tuple[int, bytes], _Listed] = {}
-        for contact, reply in zip(contacts, replies, strict=True):
-            for version in parse_list(reply).values():
+        for contact, listed in await self._lists(key):
+            for version in listed.values():
                 found.setdefault((version.seq, version.digest), _Listed(version=version)).holders.append(contact)
         own = {(document.seq, document.digest): _version_of(document) for document in self._store.history(key)}
         for name, version in own.items():
@@ -397,4 +425,4 @@ def _fields(request: Request, count: int) -> list[Any]:
     return request.body
 
 
-__all__ = ["Exchange", "Version"]
+__all__ = ["Exchange", "Standing", "Version"]

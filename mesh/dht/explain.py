@@ -15,11 +15,13 @@ import msgpack
 
 from mesh.dht.address import Address, is_dialable, normalise
 from mesh.dht.crawl import Hop
+from mesh.dht.exchange import Standing
 from mesh.dht.keys import MAX_LEVEL, allowed_keys, level_of, rank, sub_shards
 from mesh.dht.node import DhtNode
 from mesh.dht.protocol import EMPTY, Op, parse_found
 from mesh.dht.routing import Contact
 from mesh.dht.verify import peek
+from mesh.documents import Document
 from mesh.errors import Expired, MalformedEnvelope, TrustError
 from mesh.records import Record, directory_key
 
@@ -286,6 +288,18 @@ async def _knock(node: DhtNode, host: str, port: int) -> Probe:
     if any(node.is_own(address) for address in dialable):
         answered.append(0.0)
     return Probe(node_id=None, address=name, rtt_s=min(answered, default=None), error="" if answered else "no answer over UDP")
+
+
+async def compare_documents(node: DhtNode, most: int) -> list[Standing]:
+    """How the documents this node holds compare with what their nearest nodes list: at most ``most``, those signed last."""
+    held = sorted(node.documents, key=lambda document: document.issued, reverse=True)[:most]
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(document: Document) -> Standing:
+        async with gate:
+            return await node.exchange.compare(document)
+
+    return list(await asyncio.gather(*(one(document) for document in held)))
 
 
 async def _ping(node: DhtNode, address: Address, node_id: bytes | None) -> float | None:

@@ -32,6 +32,7 @@ from mesh.trust import Role
 log = structlog.get_logger(__name__)
 
 PROTOCOL_VERSION = 1
+_MAX_LET_GO_BY = 4_096
 REPLACED = "replaced"
 """Why a link went down that another one to the same node took the place of."""
 MEASURE_S = 5.0
@@ -73,7 +74,8 @@ class PeersOwner(Protocol):
 
 
 class Peers:
-    """The links of one node. ``accept`` says which roles it links with; ``record`` gives its own newest record."""
+    """The links of one node. ``accept`` says which roles it links with, ``wants`` whom of those it dials; ``record`` gives its own newest
+    record."""
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class Peers:
         clock: Clock,
         rng: random.Random,
         config: LinkConfig | None = None,
+        wants: Callable[[Record], bool] = lambda record: True,
     ) -> None:
         self.links: dict[bytes, Link] = {}
         self._identity = identity
@@ -98,7 +101,9 @@ class Peers:
         self._clock = clock
         self._rng = rng
         self._config = config or LinkConfig()
+        self._wants = wants
         self._boots: dict[bytes, int] = {}
+        self._let_go_by: dict[bytes, int] = {}
         self._open: set[Link] = set()
         self._retired: dict[Link, float] = {}
         self._wanted: dict[bytes, Record] = {}
@@ -145,12 +150,24 @@ class Peers:
         """Keep a link to this node for as long as its record lives; a newer record renews the wish."""
         if self._stopping or record.node_id == self._identity.node_id or record.role not in self._accept or not record.addresses:
             return
+        if self._let_go_by.get(record.node_id) == record.boot or not self._wants(record):
+            return
         self._remember(record)
         dialling = self._dials.get(record.node_id)
         if dialling is None or dialling.done():
             task = asyncio.create_task(self._keep_dialled(record.node_id))
             self._dials[record.node_id] = task
             task.add_done_callback(functools.partial(self._dialled, record.node_id))
+
+    def let_go(self, node_id: bytes) -> None:
+        """End an idle link to a node that others have links to, and tell it not to dial again. One that is in use stays."""
+        link = self.links.get(node_id)
+        if link is None or link.streams:
+            return
+        link.send_control(Frame.DRAIN, {})
+        link.draining = True
+        self._owner.on_drain(link)
+        link.close("left to other proxies")
 
     async def _keep_dialled(self, node_id: bytes) -> None:
         """Dial while the node's record lives and it is not linked. Ends, and is begun again by the next `want`, once it is."""
@@ -256,6 +273,9 @@ class Peers:
             self._owner.on_prefix(link, fields)
         elif kind == Frame.DRAIN:
             link.draining = True
+            self._let_go_by[link.node_id] = self._boots[link.node_id]
+            if len(self._let_go_by) > _MAX_LET_GO_BY:
+                self._let_go_by.pop(next(iter(self._let_go_by)))
             self._owner.on_drain(link)
         else:
             self._owner.on_frame(link, kind, fields)

@@ -243,6 +243,26 @@ async def test_killed_connection_fails_its_requests_and_comes_back(make: Make) -
     assert bytes(again.data) == b"again"
 
 
+async def test_worker_let_go_stays_away_until_the_proxy_wants_it_again(make: Make) -> None:
+    """Both know each other's addresses and records; the link that ends is one that the worker dialled."""
+    proxy, worker = await make(Role.PROXY), await make(Role.WORKER)
+    worker.peers.want(proxy.record())
+    await proxy.until(lambda: worker.id in proxy.peers.links)
+    over = proxy.peers.links[worker.id]
+    sink = Waiting()
+    sink.stream = over.open({"size": 0}, sink)
+    proxy.peers.let_go(worker.id)
+    assert not over.closed, "it is in use"
+    sink.stream.end()
+    await asyncio.wait_for(sink.over.wait(), DEADLINE_S)
+    proxy.peers.let_go(worker.id)
+    await worker.until(lambda: not worker.peers.links)
+    worker.peers.want(proxy.record())
+    assert not worker.peers._dials
+    over, _ = await link(proxy, worker)
+    assert over.dialled
+
+
 async def test_renewed_certificate_serves_new_links_and_leaves_old_ones_up(make: Make) -> None:
     soon = MESH.identity(Role.WORKER, now=NOW - 86400 + 3600)
     proxy, worker = await make(Role.PROXY), await make(Role.WORKER, identity=soon)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mesh.authority import EPOCH_S
-from mesh.doctor import Answer, BadRecord, Facts, Finding, RecordFact, Severity, Unlinked, diagnose, worst
+from mesh.doctor import Answer, BadRecord, DocumentFact, Facts, Finding, RecordFact, Severity, Unlinked, diagnose, worst
 
 NOW = 20_000 * EPOCH_S + EPOCH_S / 2
 HEALTHY = Facts(
@@ -17,6 +17,7 @@ HEALTHY = Facts(
     peers=tuple(Answer(name=name, address="192.0.2.1:1", rtt_s=0.01) for name in "abc"),
     lost=(),
     doors=(Answer(name="", address="boot:7600", rtt_s=0.02),),
+    tcp_doors=(Answer(name="", address="boot:7600", rtt_s=0.001),),
     table_size=3,
     failing=0,
     reachable=3,
@@ -24,6 +25,10 @@ HEALTHY = Facts(
     linked=1,
     ready=1,
     unlinked=(),
+    others_share=0,
+    documents_held=1,
+    documents_unsaved=0,
+    documents=(DocumentFact(title="endpoint/chat", seq=3, asked=8, same=6, newer=0, rival=0),),
     epochs=frozenset(range(19_999, 20_003)),
     member_issued=NOW - 3600,
     member_expires=NOW + 23 * 3600,
@@ -82,6 +87,16 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("links", "ok", {"unlinked": (replace(GONE, up_s=1.0),)}, "just started"),
     ("links", "warn", {"linked": 0, "ready": 0}, "no worker is known"),
     ("links", "warn", {"linked": 2, "ready": 0}, "2 workers linked, 0 ready"),
+    ("links", "ok", {"linked": 1_000, "ready": 1_000, "others_share": 9_000}, "9000 more are other proxies' share"),
+    ("enrolment", "ok", {}, "join and renew over TCP"),
+    ("enrolment", "fail", {"tcp_doors": (replace(SILENT, error="connection refused"),)}, "connection refused"),
+    ("enrolment", "warn", {"tcp_doors": (SILENT, *HEALTHY.tcp_doors)}, "1 of 2"),
+    ("documents", "ok", {}, "endpoint/chat seq 3, 6 of 8 nodes"),
+    ("documents", "ok", {"documents": (), "documents_held": 0}, "0 documents held"),
+    ("documents", "warn", {"documents": (replace(HEALTHY.documents[0], newer=2),)}, "a newer one at 2"),
+    ("documents", "warn", {"documents": (replace(HEALTHY.documents[0], rival=1),)}, "another at 1"),
+    ("documents", "warn", {"documents": (replace(HEALTHY.documents[0], same=0),)}, "held by none"),
+    ("documents", "fail", {"documents_unsaved": 2}, "make room"),
     ("epoch", "fail", {"epochs": frozenset({19_999, 20_001})}, "this epoch is missing"),
     ("epoch", "warn", {"epochs": frozenset({20_000})}, "next epoch is missing"),
     ("epoch", "fail", {"epochs": frozenset({20_000}), "now": NOW + 0.4 * EPOCH_S}, "next epoch is missing"),
