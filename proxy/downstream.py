@@ -72,7 +72,9 @@ class Downstream:
         if status != 200 or type(status) is not int:
             # Not even 204: an answer that has no body by its status, but is followed by one, would be read as the next answer.
             raise ProtocolError("HEAD with a status other than 200")
-        if content_type not in _USUAL and (not isinstance(content_type, str) or _CONTENT_TYPE.fullmatch(content_type) is None):
+        if content_type not in _USUAL and (
+            not isinstance(content_type, str) or len(content_type) > 128 or _CONTENT_TYPE.fullmatch(content_type) is None
+        ):
             raise ProtocolError("HEAD with a bad content type")
         self._stream = content_type.startswith(_EVENT_STREAM)
         if self._stream != (length is None) or (length is not None and (type(length) is not int or length < 0)):

@@ -130,6 +130,8 @@ class Attempt:
         self.accepted_at = asyncio.get_running_loop().time()
 
     def on_progress(self, info: dict[str, Any]) -> None:
+        if self.first_byte_at is not None:
+            return  # from then on only bytes are a sign: a worker cannot hold a client for ever by saying that it is at it
         self.last_sign_at = asyncio.get_running_loop().time()
 
     def on_head(self, head: dict[str, Any]) -> None:

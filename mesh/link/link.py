@@ -18,6 +18,7 @@ import structlog
 from mesh.clock import Clock
 from mesh.errors import MeshError, Overloaded, ProtocolError, WorkerLost
 from mesh.identity import Peer
+from mesh.link.allowance import Allowance
 from mesh.link.errors import encode_error, parse_error
 from mesh.link.frames import (
     LINK_CONTROL,
@@ -37,11 +38,12 @@ log = structlog.get_logger(__name__)
 WINDOW_BYTES = 256 * 1024
 MAX_INCOMING_STREAMS = 4096
 MAX_STREAM_NUMBER = 2**32 - 1
-MAX_UNSENT_BYTES = 256 * 1024 * 1024
+MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """More than this waiting for a peer that does not read ends the link. Credit bounds answers long before; this bounds control frames."""
 _HIGH_WATER_BYTES = 4 * 1024 * 1024
 MAX_TRAIL_BYTES = 256 * 1024
 """More trail than this is not kept: some 40,000 tokens. A stream that long stays where it is."""
+MAX_ROUND_TRIP_S = 3600.0
 _TOKENS = int(Frame.TOKENS)
 _BODY = frozenset({int(Frame.DATA), _TOKENS})
 _STAMP = struct.Struct(">d")
@@ -114,6 +116,7 @@ class Link(asyncio.Protocol):
         self.draining = False
         self._loop = asyncio.get_running_loop()
         self._reader = FrameReader()
+        self._allowance = Allowance(self.up_since)
         self._out: list[bytes] = []
         self._flush_due = False
         self._outgoing: dict[int, OutgoingStream] = {}
@@ -237,12 +240,13 @@ class Link(asyncio.Protocol):
         outgoing = self._outgoing
         try:
             for kind, number, payload in self._reader.feed(data):
-                if kind in _BODY:
+                if kind in _BODY and payload:
                     stream = outgoing.get(number)
                     if stream is not None:
                         if kind == _TOKENS:
                             payload = stream.keep_trail(payload)
                             if not payload:
+                                self._spend(kind, 0)
                                 continue
                         stream.unread += len(payload)
                         if stream.unread > WINDOW_BYTES:
@@ -259,6 +263,8 @@ class Link(asyncio.Protocol):
     # -- frames
 
     def _on_frame(self, kind: int, number: int, payload: bytes) -> None:
+        if kind not in _BODY or not payload:
+            self._spend(kind, len(payload))
         if number == 0:
             self._on_link_frame(kind, payload)
         elif self.hello is None:
@@ -268,12 +274,16 @@ class Link(asyncio.Protocol):
         else:
             self._on_request_frame(kind, number, payload)
 
+    def _spend(self, kind: int, size: int) -> None:
+        """A frame came that no credit bounds."""
+        if not self._allowance.spend(kind, size):
+            self._allowance.refill(self._clock.monotonic())
+
     def _on_link_frame(self, kind: int, payload: bytes) -> None:
         if kind == Frame.PING:
             self.write(encode_frame(Frame.PONG, 0, payload[:8]))
         elif kind == Frame.PONG:
-            if len(payload) == _STAMP.size:
-                self.stats.round_trip_s = max(0.0, self._clock.monotonic() - _STAMP.unpack(payload)[0])
+            self._on_pong(payload)
         elif kind == Frame.HELLO:
             if self.hello is not None:
                 raise ProtocolError("a second HELLO")
@@ -287,13 +297,21 @@ class Link(asyncio.Protocol):
             raise ProtocolError(f"{Frame(kind).name} belongs to a stream")
         # An unknown frame of the link itself comes from a newer peer: skipped.
 
+    def _on_pong(self, payload: bytes) -> None:
+        """The peer may say what it likes; only what this side can have sent is taken for a time."""
+        if len(payload) == _STAMP.size:
+            round_trip_s = self._clock.monotonic() - _STAMP.unpack(payload)[0]
+            if 0.0 <= round_trip_s < MAX_ROUND_TRIP_S:
+                self.stats.round_trip_s = round_trip_s
+
     def _on_answer_frame(self, kind: int, number: int, payload: bytes) -> None:
         """A frame on a stream this side opened."""
         stream = self._outgoing.get(number)
         if stream is None:
             if number >= self._next_stream:
                 raise ProtocolError("a frame on a stream that was never opened")
-            return  # late: it was cancelled or has ended
+            self._on_late_frame(kind, payload)
+            return
         if kind == Frame.CREDIT:
             stream.add_credit(parse_credit(payload))
         elif kind == Frame.HEAD:
@@ -322,6 +340,7 @@ class Link(asyncio.Protocol):
         if stream is None:
             if number > self._last_incoming:
                 raise ProtocolError("a frame on a stream that was never opened")
+            self._on_late_frame(kind, payload)
             return
         if kind == Frame.DATA:
             stream.receive(payload)
@@ -335,6 +354,11 @@ class Link(asyncio.Protocol):
         else:
             raise ProtocolError(f"frame type {kind} does not belong on a request")
 
+    def _on_late_frame(self, kind: int, payload: bytes) -> None:
+        """On a stream that was cancelled or has ended: passed over, as long as it can have been under way."""
+        if kind in _BODY:
+            self._allowance.spend_late(len(payload))
+
     def _on_open_frame(self, number: int, payload: bytes) -> None:
         if number <= self._last_incoming:
             raise ProtocolError("stream numbers only grow")
@@ -343,6 +367,7 @@ class Link(asyncio.Protocol):
         if len(self._incoming) >= MAX_INCOMING_STREAMS:
             error = Overloaded("too many streams on this link", retry_after_s=1.0)
             self.write(encode_control(Frame.ERROR, number, encode_error(error)))
+            self.expect_late()
             return
         stream = IncomingStream(self, number)
         self._incoming[number] = stream
@@ -356,6 +381,10 @@ class Link(asyncio.Protocol):
 
     def forget_incoming(self, number: int) -> None:
         self._incoming.pop(number, None)
+
+    def expect_late(self) -> None:
+        """This side closed a stream: what its peer sent before it heard of that will still come."""
+        self._allowance.closed()
 
     def _lost(self, reason: str) -> None:
         if self.closed:
@@ -408,6 +437,8 @@ class _Sending:
     def send_now(self, data: bytes | bytearray) -> bool:
         """Send ``data`` if credit and buffers allow it at once; False if the caller must `send` instead."""
         size = len(data)
+        if not size:
+            return True  # a frame without bytes says nothing, and a peer takes it for an attack
         if size > self._credit or size > MAX_PAYLOAD_BYTES or not self.link._writable.is_set():
             return False
         self._credit -= size
@@ -469,6 +500,7 @@ class OutgoingStream(_Sending):
         """Nobody wants the answer any more; the sink hears nothing further."""
         if not self.done:
             self.link.forget_outgoing(self.number)
+            self.link.expect_late()
             self.link.write(encode_frame(Frame.CANCEL, self.number))
 
     def consumed(self, count: int) -> None:
@@ -562,12 +594,13 @@ class IncomingStream(_Sending):
             self.link.write(frame)
             self.finish()
             self.link.forget_incoming(self.number)
+            self.link.expect_late()
 
     # -- called by the link
 
     def receive(self, data: bytes) -> None:
         self._unread += len(data)
-        if self._unread > WINDOW_BYTES or self._body_done:
+        if not data or self._unread > WINDOW_BYTES or self._body_done:
             raise ProtocolError("more DATA than credit")
         self._body.append(data)
         if self._arrived is not None:

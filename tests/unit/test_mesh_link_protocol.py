@@ -19,6 +19,7 @@ from mesh.envelope import MAX_ENVELOPE_BYTES, read_unverified
 from mesh.errors import MeshError
 from mesh.identity import ALPN
 from mesh.invite import INVITE_DOMAIN
+from mesh.link.allowance import BURST, BYTES, COSTS, LATE_BYTES, PER_S
 from mesh.link.errors import MAX_MESSAGE_CHARS, encode_error, parse_error
 from mesh.link.frames import MAX_PAYLOAD_BYTES, Frame
 from mesh.link.link import MAX_INCOMING_STREAMS, WINDOW_BYTES
@@ -114,6 +115,10 @@ def test_every_error_code_is_documented(kind: type[MeshError]) -> None:
         ("Frames", f"{MAX_PAYLOAD_BYTES:,} bytes"),
         ("Streams and credit", f"{WINDOW_BYTES:,} bytes"),
         ("Streams and credit", f"{MAX_INCOMING_STREAMS:,} streams"),
+        ("Streams and credit", f"{LATE_BYTES:,} bytes"),
+        ("Streams and credit", f"{BURST:,.0f} at once, {PER_S:,.0f} more"),
+        ("Streams and credit", f"count as {COSTS[Frame.OPEN]:g}, HELLO and RECORD as {COSTS[Frame.RECORD]:g}"),
+        ("Streams and credit", f"{BYTES} bytes of payload"),
         ("Control payloads", f"(this page: {PROTOCOL_VERSION})"),
         ("Control payloads", f"{MAX_MESSAGE_CHARS:,}\ncharacters"),
         *(("Control payloads", f"`{task}`") for task in TASKS.values()),
