@@ -289,6 +289,7 @@ class App:
         }
         if plan.chain or plan.priority:
             head |= plan.head()
+        attempt.may_move = not plan.failures and plan.choice is not None and plan.choice.of > 1
         worker.in_flight += 1
         self._attempts.add(attempt)
         on_trial = self._fleet.begin(worker)

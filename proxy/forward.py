@@ -41,6 +41,7 @@ class Attempt:
         "accepted_at",
         "first_byte_at",
         "last_sign_at",
+        "may_move",
         "worker",
     )
 
@@ -49,6 +50,8 @@ class Attempt:
         self.accepted_at: float | None = None
         self.first_byte_at: float | None = None
         self.last_sign_at = now
+        self.may_move = False
+        """Whether it may still be tried elsewhere because its worker's engine stands still; once is enough."""
         self._downstream = downstream
         self._transport = downstream.transport
         self._headers = headers
@@ -97,6 +100,8 @@ class Attempt:
 
         Not silent is a worker that sends bytes, reports progress or takes the request's body. Progress alone buys ``most_s``, no more.
         """
+        if self.worker.stuck and self.may_move and self.first_byte_at is None:
+            self.fail(WorkerLost("the worker's engine stands still"))
         if self.first_byte_at is None and now - self._started_at > most_s:
             self.fail(UpstreamTimeout(f"the answer did not begin within {most_s:.0f} s"))
         if self._held:

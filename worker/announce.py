@@ -16,6 +16,7 @@ from worker.admission import Admission
 from worker.config import WorkerConfig
 from worker.engine import ModelSpec, Supervisor, Task
 from worker.prefill import Prefill
+from worker.pulse import Pulse
 
 LOAD_EVERY_S = 0.05
 """Load changes within this time go out as one frame."""
@@ -61,11 +62,12 @@ class LoadPusher:
     The first change goes out at once and further ones `LOAD_EVERY_S` apart. A link that is new gets all that is held before any change.
     """
 
-    def __init__(self, admission: Admission, supervisor: Supervisor, prefill: Prefill | None = None) -> None:
+    def __init__(self, admission: Admission, supervisor: Supervisor, prefill: Prefill | None = None, pulse: Pulse | None = None) -> None:
         self._admission = admission
         self._supervisor = supervisor
         self._prefill = prefill or Prefill(SystemClock())
         self._prefill.tell = self.tell
+        self._pulse = pulse or Pulse()
         self._due: asyncio.TimerHandle | None = None
         self._pushed_at = float("-inf")
         self._informed: set[Link] = set()
@@ -79,7 +81,8 @@ class LoadPusher:
     def tell(self, link: Link) -> None:
         """Send one link the load as it is now."""
         fields = {"run": self._admission.running, "wait": self._admission.waiting, "kv": kv_use(self._supervisor), "yours": link.streams}
-        link.send_control(Frame.LOAD, {**fields, **self._prefill.load_fields(link)})
+        stuck = {"stuck": True} if self._pulse.stuck else {}
+        link.send_control(Frame.LOAD, {**fields, **self._prefill.load_fields(link), **stuck})
 
     def _push(self) -> None:
         self._due = None

@@ -40,6 +40,9 @@ class WorkerConfig(NodeConfig):
     max_concurrency: int = setting(500, metavar="N", help="Requests in the engine at once.")
     queue_limit: int = setting(500, metavar="N", help="Requests waiting above that before new ones are refused.")
     load_timeout_s: float = setting(900.0, metavar="TIME", help="How long the engine may take to become ready.")
+    stall_timeout_s: float = setting(
+        0.0, metavar="TIME", help="How long the engine may make no step with work to do before it is restarted; 0: 30s, embedded 5m."
+    )
     threads: int = setting(0, metavar="N", help="CPU threads of the embedded engine; 0 leaves it to the engine.")
     context_tokens: int = setting(0, metavar="N", help="Context length per request; 0 takes the model's own or a safe default.")
     parallel: int = setting(0, metavar="N", help="Requests the embedded engine computes at once; 0 leaves it to the engine.")

@@ -34,6 +34,7 @@ from mesh.prefix import HASH_BYTES, MAX_BLOCKS, MAX_TEXT_BYTES, split_chain
 from worker.admission import Admission, Priority
 from worker.engine import ModelSpec, Task
 from worker.prefill import Prefill, Prompt, Work
+from worker.pulse import Pulse
 from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, prepare_body, read_answer
 
 log = structlog.get_logger(__name__)
@@ -72,8 +73,10 @@ class Gateway:
         on_load: Callable[[], None],
         clock: Clock,
         prefill: Prefill | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.admission = admission
+        self.pulse = pulse or Pulse()
         self.prefill = prefill or Prefill(clock)
         self.served = 0
         self._engine = engine
@@ -81,14 +84,20 @@ class Gateway:
         self._headers = dict(headers)
         self._on_load = on_load
         self._clock = clock
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], IncomingStream] = {}
 
     def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         """A proxy opened a stream: serve it in a task of its own."""
         task = asyncio.create_task(self._serve(stream, head))
         stream.on_cancel = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = stream
+        task.add_done_callback(self._tasks.pop)
+
+    def give_up(self, reason: str) -> None:
+        """The engine will not answer any more: tell the proxies at once, so that they go on elsewhere."""
+        for task, stream in list(self._tasks.items()):
+            stream.fail(EngineUnavailable(f"The worker's engine was given up: {reason}"))
+            task.cancel()
 
     async def stop(self) -> None:
         """End whatever is still being served."""
@@ -131,8 +140,14 @@ class Gateway:
         queued = time.monotonic()
         working = asyncio.create_task(self._report_progress(stream))
 
+        begun = False
+
         def on_first() -> None:
+            nonlocal begun
             working.cancel()
+            if not begun:
+                begun = True
+                self.pulse.begun += 1
             if work is not None:
                 self.prefill.computed(work)
                 self._on_load()
@@ -143,6 +158,7 @@ class Gateway:
                 stream.accept()
                 return await self._ask(stream, request, prepared, on_first, queue_s=time.monotonic() - queued)
         finally:
+            self.pulse.begun -= begun
             working.cancel()
             self._on_load()
 
@@ -209,6 +225,7 @@ class Gateway:
                 stream.send_head({"status": 200, "type": "text/event-stream"})
 
         async for data in response.content.iter_any():
+            self.pulse.signs += 1
             try:
                 whole = events.feed(data)
             except ValueError:
@@ -216,19 +233,20 @@ class Gateway:
             if whole:
                 begin()
                 if not stream.send_now(whole):
-                    await stream.send(whole)
+                    await self._send(stream, whole)
         rest = events.close()
         if not events.complete:
             self._engine.suspect()
             raise EngineUnavailable("The worker's engine ended its answer in the middle")
         if rest:
             begin()
-            await stream.send(rest)
+            await self._send(stream, rest)
         return events.usage
 
     async def _relay_whole(self, stream: IncomingStream, response: aiohttp.ClientResponse, on_first: Callable[[], None]) -> Usage:
         pieces, size = [], 0
         async for data in response.content.iter_any():
+            self.pulse.signs += 1
             size += len(data)
             if size > MAX_ANSWER_BYTES:
                 raise EngineUnavailable("The worker's engine sent too large an answer")
@@ -240,14 +258,22 @@ class Gateway:
         on_first()
         stream.send_head({"status": 200, "type": "application/json", "length": len(body)})
         for at in range(0, len(body), MAX_PAYLOAD_BYTES):
-            await stream.send(body[at : at + MAX_PAYLOAD_BYTES])
+            await self._send(stream, body[at : at + MAX_PAYLOAD_BYTES])
         return usage or Usage()
 
+    async def _send(self, stream: IncomingStream, data: bytes) -> None:
+        """Send what may have to wait for the client; the engine owes nothing meanwhile."""
+        self.pulse.held += 1
+        try:
+            await stream.send(data)
+        finally:
+            self.pulse.held -= 1
+
     async def _report_progress(self, stream: IncomingStream) -> None:
-        """Until the first byte: tell the proxy, once a second, that the engine is alive and at it."""
+        """Until the first byte: tell the proxy, once a second, that the engine makes steps."""
         while True:
             await self._clock.sleep(PROGRESS_S)
-            if self._engine.base_url is not None:
+            if self._engine.base_url is not None and not self.pulse.stuck:
                 stream.progress({"running": self.admission.running})
 
 

@@ -31,6 +31,8 @@ from worker.hardware import detect
 from worker.prefill import Prefill
 from worker.prefixes import UNKNOWN_CAPACITY_TOKENS, HeldPrefixes
 from worker.progress import DownloadProgress
+from worker.pulse import Pulse
+from worker.vitals import Vitals, stall_s
 
 log = structlog.get_logger(__name__)
 
@@ -81,14 +83,31 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
         on_progress=progress,
     )
     prefill = Prefill(clock, held=HeldPrefixes(capacity_tokens=kv_cache_tokens(config)))
-    pusher = LoadPusher(admission, supervisor, prefill)
+    pulse = Pulse()
+    pusher = LoadPusher(admission, supervisor, prefill, pulse)
     async with aiohttp.ClientSession(
         connector=_connector(keeps_connections=engine.keeps_connections),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
         cookie_jar=aiohttp.DummyCookieJar(),  # an engine's cookie for one client must not come back with another's request
     ) as session:
         gateway = Gateway(
-            supervisor, session, headers=engine.headers, admission=admission, on_load=pusher.changed, clock=clock, prefill=prefill
+            supervisor,
+            session,
+            headers=engine.headers,
+            admission=admission,
+            on_load=pusher.changed,
+            clock=clock,
+            prefill=prefill,
+            pulse=pulse,
+        )
+        vitals = Vitals(
+            supervisor,
+            pulse,
+            admission,
+            stall_s=stall_s(config.stall_timeout_s, config.engine),
+            on_change=pusher.changed,
+            give_up=gateway.give_up,
+            clock=clock,
         )
         node = MeshNode(
             identity,
@@ -114,6 +133,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             log.info("worker.started", id=identity.node_id.hex()[:12], links=node.addresses or "outbound only", engine=config.engine)
             async with asyncio.TaskGroup() as tasks:
                 renewing = tasks.create_task(keep_renewed(identity, IdentityStore(config.state_dir), bootstraps, clock, rng))
+                watching = tasks.create_task(vitals.run())
                 tasks.create_task(supervisor.run())
                 await stop.wait()
                 log.info("worker.draining", running=admission.running, waiting=admission.waiting)
@@ -122,6 +142,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
                 await asyncio.sleep(LEAVE_S)
                 await admission.idle()  # `mesh.runtime` bounds it with the drain deadline
                 renewing.cancel()
+                watching.cancel()
                 await supervisor.stop()
         finally:
             progress.close()

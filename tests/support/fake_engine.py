@@ -310,6 +310,7 @@ class FakeEngine:
         self._address = host, port
         self._misbehaviour: Misbehaviour | None = None
         self._left: int | None = None
+        self._steps = self._prefilling = self._hung = 0
         self._numbers = itertools.count(1)
         self._changed = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -392,14 +393,16 @@ class FakeEngine:
         return web.json_response({"ok": True})
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        self._steps += self._prefilling > 0
         label = f'{{engine="0",model_name="{self.model}"}}'
-        used = min(1.0, self.stats.running / 100)
+        used = min(1.0, (self.stats.running - self._hung) / 100)
         rows = (
             ("vllm:num_requests_running", "gauge", float(self.stats.running)),
             ("vllm:num_requests_waiting", "gauge", float(self.stats.waiting)),
             ("vllm:kv_cache_usage_perc", "gauge", used),
             ("vllm:prompt_tokens_total", "counter", float(self.stats.prompt_tokens)),
             ("vllm:generation_tokens_total", "counter", float(self.stats.completion_tokens)),
+            ("vllm:iteration_tokens_total_count", "counter", float(self._steps)),
         )
         text = "".join(f"# HELP {n} {n}\n# TYPE {n} {kind}\n{n}{label} {value}\n" for n, kind, value in rows)
         return web.Response(text=text, content_type="text/plain")
@@ -490,6 +493,11 @@ class FakeEngine:
         if slow:
             pace_s = max(pace_s, 0.001) * 100
         due_s = loop.time() + self.prefill_s
+        self._prefilling += 1
+        try:
+            await asyncio.sleep(max(0.0, due_s - loop.time()))
+        finally:
+            self._prefilling -= 1
         for _ in range(job.max_tokens):
             await asyncio.sleep(max(0.0, due_s - loop.time()))
             due_s += pace_s
@@ -551,7 +559,7 @@ class FakeEngine:
         if how is None:
             return None
         if how.mode is Mode.HANG:
-            await asyncio.Event().wait()
+            await self._stand_still()
         self.stats.failed += 1
         if how.mode is Mode.WRONG_TYPE:
             return web.Response(text="<html><body>It works!</body></html>", content_type="text/html")
@@ -559,7 +567,7 @@ class FakeEngine:
 
     async def _break_stream(self, request: web.Request, response: web.StreamResponse, how: Misbehaviour) -> web.StreamResponse:
         if how.mode is Mode.STALL:
-            await asyncio.Event().wait()
+            await self._stand_still()
         if how.mode is Mode.CUT:
             raise self._break(request)
         self.stats.failed += 1
@@ -574,6 +582,13 @@ class FakeEngine:
                 await response.write(piece)
         await response.write_eof()
         return response
+
+    async def _stand_still(self) -> None:
+        self._hung += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._hung -= 1
 
     def _break(self, request: web.Request) -> Cut:
         """Reset the connection at once, without a clean end."""

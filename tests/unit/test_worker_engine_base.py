@@ -80,6 +80,21 @@ def test_load_of_vllm_adds_up_its_cores_and_takes_the_fullest_cache() -> None:
     assert parse_vllm_load(VLLM_METRICS) == EngineLoad(running=7, waiting=2, kv_use=0.5, prefix_queries=64, prefix_hits=32)
 
 
+def test_steps_of_an_engine_are_told_by_counters_and_a_long_prompt_moves_its_cache() -> None:
+    text = "vllm:num_requests_running 1\nvllm:generation_tokens_total 5\nvllm:kv_cache_usage_perc "
+    first, same, next_step = (parse_vllm_load(text + used) for used in ("0.25\n", "0.25\n", "0.5\n"))
+    assert first is not None
+    assert same is not None
+    assert next_step is not None
+    assert first.steps == same.steps != next_step.steps
+    llama = ExternalEngine(spec=EngineSpec(kind=EngineKind.EXTERNAL, url="http://127.0.0.1:1"))
+    loads = [llama.parse_load(f"llamacpp:requests_processing 1\nllamacpp:n_decode_total {count}\n") for count in (1, 2)]
+    assert loads[0] != loads[1]
+    gauge = parse_vllm_load("vllm:num_requests_running 1\nvllm:kv_cache_usage_perc 0.5\n")
+    assert gauge is not None
+    assert gauge.steps is None, "a gauge alone says nothing about steps"
+
+
 def test_load_of_an_older_vllm_is_read_by_its_older_names() -> None:
     text = "vllm:num_requests_running 1\nvllm:num_requests_waiting 0\nvllm:gpu_cache_usage_perc 0.75\n"
     assert parse_vllm_load(text) == EngineLoad(running=1, waiting=0, kv_use=0.75)

@@ -316,7 +316,7 @@ async def test_cancelled_request_closes_its_connection_to_the_engine_and_frees_i
     await at.settle()
     assert at.session.closed == 1
     assert at.admission.running == 0
-    assert at.gateway._tasks == set()
+    assert at.gateway._tasks == {}
     assert at.clock.sleepers == [] or at.loads[-1] == (0, 0)
 
 
@@ -345,7 +345,7 @@ async def test_lost_link_ends_every_request(stage: Open) -> None:
     await at.ask()
     at.pair.alice_end.lose()
     await at.settle()
-    assert (at.admission.running, at.admission.waiting, at.gateway._tasks) == (0, 0, set())
+    assert (at.admission.running, at.admission.waiting, at.gateway._tasks) == (0, 0, {})
 
 
 async def test_slow_reader_holds_up_the_reading_from_the_engine(stage: Open) -> None:
@@ -559,7 +559,7 @@ async def test_stopping_ends_what_is_served(stage: Open) -> None:
     await at.ask()
     await at.gateway.stop()
     assert at.admission.running == 0
-    assert at.gateway._tasks == set()
+    assert at.gateway._tasks == {}
 
 
 FRAGMENTS = [EVENT, EVENT[:9], EVENT[9:], DONE, DONE[:5], b": ping\n\n", b"\n\n", b"\r\n", b"data: {}\n\n"]
@@ -576,7 +576,7 @@ def test_whatever_the_engine_says_each_request_ends_exactly_once(pieces: list[An
         if sink.trailer is not None and stream:
             assert DONE.strip() in bytes(sink.data)
         assert at.admission.running == 0
-        assert at.gateway._tasks == set()
+        assert at.gateway._tasks == {}
 
     asyncio.run(main())
 
@@ -588,3 +588,41 @@ async def test_kept_connections_that_turn_out_to_be_closed_are_tried_again_over_
     assert sink.heads
     assert len(at.session.asked) == 3
     assert at.engine.suspected == 0
+
+
+# -- the engine's pulse
+
+
+async def test_reading_an_answer_is_a_sign_of_life_and_begun_streams_are_counted_while_they_run(stage: Open) -> None:
+    at = stage(Reply([EVENT, EVENT, None], content_type=STREAM))
+    sink = await at.ask(CHAT | {"stream": True})
+    assert at.gateway.pulse.signs == 2
+    assert at.gateway.pulse.begun == 1
+    sink.stream.cancel()
+    await at.settle()
+    assert at.gateway.pulse.begun == 0
+
+
+async def test_no_progress_is_reported_of_an_engine_that_stands_still(stage: Open) -> None:
+    at = stage(Reply([], hangs=True))
+    sink = await at.ask()
+    at.gateway.pulse.stuck = True
+    at.clock.tick()
+    await at.settle()
+    assert sink.progress == []
+    at.gateway.pulse.stuck = False
+    at.clock.tick()
+    await at.settle()
+    assert len(sink.progress) == 1
+
+
+async def test_engine_that_was_given_up_fails_every_request_at_once_so_that_they_go_elsewhere(stage: Open) -> None:
+    at = stage(Reply([], hangs=True), limit=1)
+    running, waiting = await at.ask(), await at.ask()
+    at.gateway.give_up("no step for 30 s")
+    await at.settle()
+    for sink in (running, waiting):
+        error = failure(sink)
+        assert isinstance(error, EngineUnavailable)
+        assert "no step" in error.message
+    assert (at.admission.running, at.admission.waiting, at.gateway._tasks) == (0, 0, {})

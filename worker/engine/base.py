@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -251,6 +251,8 @@ class EngineLoad:
     prefix_hits: int | None = None
     kv_tokens: int | None = None
     """What the KV cache holds when it is full."""
+    steps: Hashable = None
+    """Differs whenever the engine has made a step in between; None where it does not tell."""
 
 
 _SAMPLE = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]{0,200})(?:\{[^\n]*\})?[ \t]+(\S{1,64})(?:[ \t]+\d+)?[ \t]*")
@@ -292,13 +294,14 @@ def read_load(
     kv_use: tuple[str, ...] = (),
     prefix_queries: tuple[str, ...] = (),
     prefix_hits: tuple[str, ...] = (),
+    steps: tuple[str, ...] = (),
 ) -> EngineLoad | None:
     """An engine's load by its samples' names; where several names are given the first one present counts.
 
     Counts of several label sets (vLLM: one for each data-parallel core) add up; of KV use the highest is taken, since
-    a request goes to one core and waits there.
+    a request goes to one core and waits there. `steps` are counters that a step moves.
     """
-    samples = parse_samples(text, (running, waiting, *kv_use, *prefix_queries, *prefix_hits))
+    samples = parse_samples(text, (running, waiting, *kv_use, *prefix_queries, *prefix_hits, *steps))
     if running not in samples and waiting not in samples:
         return None
     used = _first(samples, kv_use)
@@ -308,7 +311,15 @@ def read_load(
         kv_use=min(1.0, max(used)) if used else None,
         prefix_queries=_total(_first(samples, prefix_queries)),
         prefix_hits=_total(_first(samples, prefix_hits)),
+        steps=_steps(samples, steps),
     )
+
+
+def _steps(samples: Mapping[str, list[float]], names: tuple[str, ...]) -> Hashable:
+    """None without a counter: a gauge alone may stand still while the engine does not."""
+    found = [name for name in names if name in samples]
+    counts = any(name.endswith(("_total", "_count")) for name in found)
+    return tuple(sum(samples[name]) for name in found) if counts else None
 
 
 def _first(samples: Mapping[str, list[float]], names: tuple[str, ...]) -> list[float]:

@@ -20,6 +20,7 @@ from worker.engine.base import (
     Task,
     read_load,
 )
+from worker.engine.llamacpp import parse_llamacpp_load
 from worker.engine.secret import bearer
 from worker.engine.vllm import parse_vllm_load
 from worker.models import ResolvedModel
@@ -123,16 +124,12 @@ class ExternalEngine:
         """By the names of the servers people put behind this; None for others."""
         return (
             parse_vllm_load(metrics)
-            or read_load(
-                metrics,
-                running="llamacpp:requests_processing",
-                waiting="llamacpp:requests_deferred",
-                kv_use=("llamacpp:kv_cache_usage_ratio",),
-            )
+            or parse_llamacpp_load(metrics)
             or read_load(
                 metrics,
                 running="sglang:num_running_reqs",
                 waiting="sglang:num_queue_reqs",
                 kv_use=("sglang:token_usage",),
+                steps=("sglang:generation_tokens_total", "sglang:prompt_tokens_total", "sglang:token_usage"),
             )
         )

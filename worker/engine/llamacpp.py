@@ -127,9 +127,14 @@ class LlamaCppEngine:
         return own_model(self.spec, self.spec.served_name or model.name, listed, model.digest)
 
     def parse_load(self, metrics: str) -> EngineLoad | None:
-        return read_load(
-            metrics,
-            running="llamacpp:requests_processing",
-            waiting="llamacpp:requests_deferred",
-            kv_use=("llamacpp:kv_cache_usage_ratio",),
-        )
+        return parse_llamacpp_load(metrics)
+
+
+def parse_llamacpp_load(metrics: str) -> EngineLoad | None:
+    return read_load(
+        metrics,
+        running="llamacpp:requests_processing",
+        waiting="llamacpp:requests_deferred",
+        kv_use=("llamacpp:kv_cache_usage_ratio",),
+        steps=("llamacpp:n_decode_total", "llamacpp:tokens_predicted_total", "llamacpp:prompt_tokens_total"),
+    )

@@ -108,6 +108,12 @@ class Supervisor:
         self._finished = asyncio.Event()
         self._finished.set()
         self._suspected = asyncio.Event()
+        self._condemned = ""
+        self._doubted = False
+        self.proofs = 0
+        """Tokens that the engine gave because it was doubted."""
+        self.heard_at = 0.0
+        """When its last good health check was, on the monotonic clock."""
         self._changed = asyncio.Event()
         self._base_url: str | None = None
         self._models: tuple[ModelSpec, ...] = ()
@@ -153,6 +159,15 @@ class Supervisor:
 
     def suspect(self) -> None:
         """Somebody saw the engine misbehave: check its health now instead of at the next second."""
+        self._suspected.set()
+
+    def doubt(self) -> None:
+        """Somebody thinks that it computes nothing any more: ask it for a token at the next check, and count it in `proofs`."""
+        self._doubted = True
+
+    def condemn(self, reason: str) -> None:
+        """End this life of the engine: it runs, but is of no use."""
+        self._condemned = reason
         self._suspected.set()
 
     def drain(self) -> None:
@@ -284,10 +299,14 @@ class Supervisor:
     async def _watch(self, probe: Probe) -> None:
         """Check the engine's health for as long as it has it."""
         failures = 0
+        self._doubted, self._condemned = False, ""
+        self.heard_at = self._clock.monotonic()
         while True:
             await self._clock.sleep(self._timing.suspicion_s)
             await first_of(self._clock.sleep(self._timing.health_every_s - self._timing.suspicion_s), self._suspected.wait())
             self._suspected.clear()
+            if self._condemned:
+                raise EngineError(self._condemned)
             try:
                 await probe.health()
             except Refused as error:
@@ -298,8 +317,19 @@ class Supervisor:
                 if failures >= self._timing.failures_allowed:
                     raise EngineError(f"the engine failed {failures} health checks: {error.message}") from error
             else:
-                failures = 0
+                failures, self.heard_at = 0, self._clock.monotonic()
                 self._load = await probe.load()
+                if self._doubted and not self._condemned:
+                    self._doubted = False
+                    self.proofs += await self._gives_a_token(probe)
+
+    async def _gives_a_token(self, probe: Probe) -> bool:
+        model = self._models[0]
+        try:
+            async with asyncio.timeout(self._timing.probe_deadline_s):
+                return await probe.answers(min(model.tasks, key=list(Task).index), model.engine_name)
+        except (TimeoutError, EngineError):
+            return False
 
     def _enter(self, stage: Stage, reason: str | None = None) -> None:
         entered = self.readiness.enter(stage, self._clock.wall(), reason)

@@ -31,6 +31,16 @@ OURS = ("--host", "--port", "--served-model-name", "--model", "--uds", "--root-p
 """What the worker decides; an operator who sets one of these would only break the connection to the engine."""
 
 
+STEPS = (
+    "vllm:generation_tokens_total",
+    "vllm:prompt_tokens_total",
+    "vllm:iteration_tokens_total_count",
+    "vllm:kv_cache_usage_perc",
+    "vllm:gpu_cache_usage_perc",
+)
+"""A step of nothing but a piece of a long prompt moves the last ones alone: it takes blocks of the cache."""
+
+
 def split_command(command: str) -> tuple[str, ...]:
     """The program and its first arguments. Raises ConfigError."""
     try:
@@ -139,6 +149,7 @@ def parse_vllm_load(metrics: str) -> EngineLoad | None:
         kv_use=("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
         prefix_queries=("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total"),
         prefix_hits=("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
+        steps=STEPS,
     )
     return load and replace(load, kv_tokens=_kv_tokens(metrics))
 
