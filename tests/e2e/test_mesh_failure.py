@@ -1,0 +1,169 @@
+"""Workers that die, fall silent, stand still or become slow under load: no request is lost, and the sick get no more.
+
+Real processes. How long each takes is measured by `scripts/bench/run failure`; here it is only that it happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tests.e2e.conftest import external
+from tests.support import fake_engine
+from tests.support.deployment import Deployment, Node, until
+from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode
+from tests.support.load import Load
+from tests.support.processes import command_line, descendants
+
+
+@dataclass
+class Trio:
+    """One proxy and three workers."""
+
+    mesh: Deployment
+    proxy: Node
+    workers: list[Node]
+    engines: list[FakeEngine]
+    key: str
+
+    async def about(self, number: int) -> dict[str, Any]:
+        return (await self.mesh.workers(self.proxy, self.key)).get(self.workers[number].id, {})
+
+    async def until_standing(self, number: int, *standings: str) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+
+        async def there() -> bool:
+            seen.update(await self.about(number))
+            return seen.get("standing") in standings
+
+        await until(there, what=f"{self.workers[number].name} to be {' or '.join(standings)}")
+        return seen
+
+    def served_by(self, number: int) -> str:
+        return self.workers[number].id[:12]
+
+
+@asynccontextmanager
+async def trio(mesh: Deployment, *arguments: str, **engine: Any) -> AsyncIterator[Trio]:
+    async with AsyncExitStack() as stack:
+        await mesh.bootstrap()
+        proxy = await mesh.proxy()
+        engines = [await stack.enter_async_context(FakeEngine(**engine)) for _ in range(3)]
+        workers = list(await asyncio.gather(*(external(mesh, f"w{n}", one, *arguments) for n, one in enumerate(engines))))
+        await mesh.until_ready(proxy, *workers)
+        yield Trio(mesh, proxy, workers, engines, mesh.key())
+
+
+async def test_killed_worker_costs_no_request(deployment: Deployment) -> None:
+    async with trio(deployment, tokens_per_s=50) as three, Load(deployment, [three.proxy], per_s=30) as load:
+        await load.until(30)
+        await three.workers[0].kill()
+        after = (await load.more(60))[30:]
+        assert three.served_by(0) not in {outcome.worker for outcome in after}
+        await load.stop()
+        begun_there = sum("without its end" in problem or "ClientPayloadError" in problem for problem in load.problems.elements())
+        assert begun_there == load.problems.total(), load.problems
+
+
+async def test_silent_worker_gets_no_more_and_what_it_had_goes_elsewhere(deployment: Deployment) -> None:
+    async with trio(deployment) as three, Load(deployment, [three.proxy], per_s=30) as load:
+        await load.until(30)
+        three.workers[0].process.send_signal(signal.SIGSTOP)
+        try:
+            seen = await three.until_standing(0, "suspect", "")
+            assert seen.get("standing_reason", "silent").startswith("silent") or not seen["linked"]
+            after = (await load.more(90))[60:]
+            assert three.served_by(0) not in {outcome.worker for outcome in after}
+        finally:
+            three.workers[0].process.send_signal(signal.SIGCONT)
+        await deployment.until_ready(three.proxy, three.workers[0])
+        await load.stop()
+        assert not load.problems, "none had had a byte: all are answered elsewhere"
+
+
+async def test_wedged_engine_is_seen_by_its_worker_and_its_requests_move(deployment: Deployment) -> None:
+    """It answers its health check, and computes nothing."""
+    async with trio(deployment) as three, Load(deployment, [three.proxy], per_s=30) as load:
+        await load.until(30)
+        three.engines[0].misbehave(Misbehaviour(mode=Mode.HANG))
+        seen = await three.until_standing(0, "suspect")
+        assert "stands still" in seen["standing_reason"]
+        assert seen["state"] == "ready", "its state says nothing of it"
+        await load.more(60)
+        started = three.engines[0].stats.started
+        await load.more(60)
+        asked = three.engines[0].stats.started - started
+        assert asked <= 4, "nothing but its worker's own question for a token"
+        three.engines[0].misbehave(None)
+        await three.until_standing(0, "trusted")
+        await load.stop()
+        assert not load.problems
+
+
+async def test_engine_that_stands_still_for_long_is_restarted(deployment: Deployment) -> None:
+    await deployment.bootstrap()
+    proxy = await deployment.proxy()
+    vllm = (
+        "--engine",
+        "vllm",
+        "--vllm-command",
+        f"{sys.executable} {fake_engine.__file__}",
+        "--model",
+        "test/fake",
+        "--served-name",
+        "fake",
+    )
+    worker = await deployment.worker("w1", *vllm, "--stall-timeout", "4s")
+    await deployment.until_ready(proxy, worker)
+    engine = _engine_of(worker)
+    key = deployment.key()
+    async with Load(deployment, [proxy], per_s=5) as load:
+        await load.until(5)
+        os.kill(engine, signal.SIGSTOP)
+        states: list[str] = []
+
+        async def restarted() -> bool:
+            states.append((await deployment.workers(proxy, key))[worker.id]["state"])
+            return states[-1] == "ready" and any(state != "ready" for state in states)
+
+        await until(restarted, what="the engine to be restarted")
+        assert _engine_of(worker) != engine
+        assert "engine.condemned" in worker.log.read_text()
+        last = (await load.more(25))[-10:]
+        assert [outcome.problem for outcome in last] == [""] * 10
+
+
+async def test_worker_that_becomes_ten_times_slower_is_taken_out_and_comes_back(deployment: Deployment) -> None:
+    async with trio(deployment, tokens_per_s=200) as three, Load(deployment, [three.proxy], per_s=20, max_tokens=40) as load:
+        await load.until(60)
+        three.engines[0].tokens_per_s = 10
+        seen = await three.until_standing(0, "ejected")
+        assert "times slower" in seen["standing_reason"]
+        three.engines[0].tokens_per_s = 200
+        await three.until_standing(0, "trusted")
+        await load.stop()
+        assert not load.problems
+        async with deployment.http.get(f"{three.proxy.root}/metrics") as response:
+            assert 'infermesh_ejections_total{cause="slow"}' in await response.text()
+
+
+async def test_requests_that_every_engine_fails_eject_nobody(deployment: Deployment) -> None:
+    async with trio(deployment) as three:
+        for engine in three.engines:
+            engine.misbehave(Misbehaviour(mode=Mode.STATUS, status=500))
+        headers = {"Authorization": f"Bearer {three.key}"}
+        body = {"model": "fake", "messages": [{"role": "user", "content": "x"}]}
+        for _ in range(10):
+            async with deployment.http.post(f"{three.proxy.api}/chat/completions", json=body, headers=headers) as response:
+                assert response.status == 502
+        assert [(await three.about(number))["standing"] for number in range(3)] == ["trusted"] * 3
+
+
+def _engine_of(worker: Node) -> int:
+    return next(pid for pid in descendants(worker.process.pid) if "fake_engine" in command_line(pid) and "launch" not in command_line(pid))
