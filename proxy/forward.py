@@ -100,7 +100,7 @@ class Attempt:
 
         Not silent is a worker that sends bytes, reports progress or takes the request's body. Progress alone buys ``most_s``, no more.
         """
-        if self.worker.stuck and self.may_move and self.first_byte_at is None:
+        if self.may_move and self.worker.stuck and self.first_byte_at is None:
             self.fail(WorkerLost("the worker's engine stands still"))
         if self.first_byte_at is None and now - self._started_at > most_s:
             self.fail(UpstreamTimeout(f"the answer did not begin within {most_s:.0f} s"))

@@ -30,7 +30,7 @@ class Stage:
         self.transport = ClientTransport(slow=slow)
         self.request = ClientRequest(self.transport)
         self.downstream = Downstream(cast(web.BaseRequest, self.request), self.transport, keep_alive=True)
-        worker = cast(Worker, type("Linked", (), {"link": pair.alice})())
+        worker = cast(Worker, type("Linked", (), {"link": pair.alice, "stuck": False})())
         self.began = asyncio.get_running_loop().time()
         self.attempt = Attempt(worker, self.downstream, {"x-request-id": "req_1"}, now=self.began)
         self.running: asyncio.Task[dict[str, Any]] | None = None
@@ -264,6 +264,22 @@ async def test_silent_worker_is_given_up_after_the_patience(stage: Stage) -> Non
     assert isinstance(await stage.error(), UpstreamTimeout)
     await stage.pair.settle()
     assert stage.pair.bob.streams == 0
+
+
+@pytest.mark.parametrize(("may_move", "begun", "moves"), [(True, False, True), (False, False, False), (True, True, False)])
+async def test_request_moves_from_an_engine_that_stands_still_if_it_may_and_has_had_no_byte(
+    stage: Stage, may_move: bool, begun: bool, moves: bool
+) -> None:
+    stream = await stage.start()
+    stage.attempt.may_move = may_move
+    stage.attempt.worker.stuck = True
+    if begun:
+        stream.send_head({"status": 200, "type": "text/event-stream"})
+        stream.send_now(b"data: {}\n\n")
+        await stage.pair.settle()
+    assert stage.check(0.5) is not moves
+    if moves:
+        assert isinstance(await stage.error(), WorkerLost)
 
 
 async def test_worker_that_takes_a_large_body_slowly_is_not_silent(stage: Stage) -> None:
