@@ -95,8 +95,9 @@ def parse_payload(data: bytes) -> dict[str, Any]:
         raise MalformedEnvelope(f"payload is not valid msgpack ({type(error).__name__})") from None
     if not isinstance(payload, dict):
         raise MalformedEnvelope("payload is not a map")
-    if not all(isinstance(key, str) for key in payload):
-        raise MalformedEnvelope("payload keys must be strings")
+    for key in payload:
+        if type(key) is not str:
+            raise MalformedEnvelope("payload keys must be strings")
     return payload
 
 

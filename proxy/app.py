@@ -73,6 +73,7 @@ class App:
         self.bodies = Bodies(most_bytes=config.max_body_bytes, room_bytes=config.max_bodies_bytes, patience_s=config.body_timeout_s)
         self._attempts: set[Attempt] = set()
         self._created = int(time.time())
+        self._loop = asyncio.get_running_loop()  # asking for it costs a system call each time
         self.draining = False
         self.in_flight = 0
         self._idle = asyncio.Event()
@@ -192,7 +193,8 @@ class App:
     # -- inference
 
     async def _infer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
-        started, path = time.monotonic(), request.path
+        started = time.monotonic()
+        path = request.raw_path if request.raw_path in TASKS else request.path
         task, model = TASKS[path], ""
         code = "cancelled"
         body: bytes | bytearray = b""
@@ -271,13 +273,13 @@ class App:
                 return downstream.response()
 
     async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         call = plan.call
         headers = {"x-request-id": request_id}
         if key.has_role(KeyRole.VIEWER) or key.has_role(KeyRole.ADMIN):
             headers["x-mesh-worker"] = worker.node_id.hex()[:12]
             headers["x-mesh-reason"] = plan.explain(now)
-        attempt = Attempt(worker, downstream, headers, now=now, tokens=plan.tokens - plan.expected)
+        attempt = Attempt(worker, downstream, headers, loop=self._loop, now=now, tokens=plan.tokens - plan.expected)
         head: dict[str, Any] = {
             "id": request_id,
             "task": call.task,
@@ -314,7 +316,7 @@ class App:
         """A task for the life of the process: look at how workers are, and end attempts whose worker gives no sign."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            now = asyncio.get_running_loop().time()
+            now = self._loop.time()
             for attempt in list(self._attempts):
                 self._fleet.measure(attempt, now)
                 attempt.check_time(now, patience_s=self._config.first_byte_timeout_s, most_s=self._config.request_timeout_s)

@@ -81,22 +81,24 @@ class Downstream:
             # A stream that breaks can say so in-band; anything else must be seen to be too short.
             raise ProtocolError("HEAD with a bad length")
         self._length = length
-        lines = ["HTTP/1.1 200 OK", f"Content-Type: {content_type}"]
+        http_1_1 = self.request.version >= (1, 1)
+        told = ""
         if length is not None:
-            lines.append(f"Content-Length: {length}")
-        elif self.request.version >= (1, 1):
+            told = f"Content-Length: {length}\r\n"
+        elif http_1_1:
             self._chunked = True
-            lines.append("Transfer-Encoding: chunked")
+            told = "Transfer-Encoding: chunked\r\n"
         else:
             self._keep_alive = False
         if self._stream:
-            lines.append("Cache-Control: no-cache")
+            told += "Cache-Control: no-cache\r\n"
         if not self._keep_alive:
-            lines.append("Connection: close")
-        elif self.request.version < (1, 1):
-            lines.append("Connection: keep-alive")
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self._head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+            told += "Connection: close\r\n"
+        elif not http_1_1:
+            told += "Connection: keep-alive\r\n"
+        for name, value in headers.items():
+            told += f"{name}: {value}\r\n"
+        self._head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n{told}\r\n".encode("ascii")
 
     def write(self, data: bytes) -> None:
         """Pass on body bytes. Raises `ProtocolError` beyond the announced length."""

@@ -22,7 +22,7 @@ SLOW_CLIENT_S = 60.0
 class Attempt:
     """Implements `mesh.link.link.StreamSink`. ``await run()`` returns the worker's trailer or raises what went wrong.
 
-    ``tokens`` is the prefill it gives the worker to do, 0 if that is too little to count.
+    ``tokens`` is the prefill it gives the worker to do, 0 if that is too little to count; ``loop`` the running one, ``now`` its time.
     """
 
     __slots__ = (
@@ -33,6 +33,7 @@ class Attempt:
         "_flow",
         "_headers",
         "_held",
+        "_loop",
         "_started_at",
         "_stream",
         "_tokens",
@@ -45,7 +46,16 @@ class Attempt:
         "worker",
     )
 
-    def __init__(self, worker: Worker, downstream: Downstream, headers: Mapping[str, str], *, now: float, tokens: int = 0) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        downstream: Downstream,
+        headers: dict[str, str],
+        *,
+        loop: asyncio.AbstractEventLoop,
+        now: float,
+        tokens: int = 0,
+    ) -> None:
         self.worker = worker
         self.accepted_at: float | None = None
         self.first_byte_at: float | None = None
@@ -63,7 +73,8 @@ class Attempt:
         self._flow: tuple[float, int] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._stream: OutgoingStream | None = None
-        self._done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._loop = loop
+        self._done: asyncio.Future[dict[str, Any]] = loop.create_future()
 
     async def run(self, head: Mapping[str, Any], body: bytes | bytearray) -> dict[str, Any]:
         """Send the request, pass the answer on, return the trailer. Raises a `MeshError`; cancelling it cancels the worker's work."""
@@ -71,12 +82,12 @@ class Attempt:
         if self._tokens:
             self.worker.sent(stream.number, self._tokens)
         try:
-            if not stream.send_now(body):
+            if not stream.send_whole(body):
                 try:
                     await stream.send(body)
                 except WorkerLost:
                     return await self._done  # the answer came early, or the link broke: either way it is said there
-            stream.end()
+                stream.end()
             return await self._done
         finally:
             stream.cancel()
@@ -132,19 +143,19 @@ class Attempt:
     # -- StreamSink
 
     def on_accepted(self) -> None:
-        self.accepted_at = asyncio.get_running_loop().time()
+        self.accepted_at = self._loop.time()
 
     def on_progress(self, info: dict[str, Any]) -> None:
         if self.first_byte_at is not None:
             return  # from then on only bytes are a sign: a worker cannot hold a client for ever by saying that it is at it
-        self.last_sign_at = asyncio.get_running_loop().time()
+        self.last_sign_at = self._loop.time()
 
     def on_head(self, head: dict[str, Any]) -> None:
         if self._tokens and self._stream is not None:
             self.worker.settled(self._stream.number)
         try:
-            took_s = asyncio.get_running_loop().time() - self._started_at
-            self._downstream.prepare(head, {**self._headers, "openai-processing-ms": str(round(took_s * 1000))})
+            self._headers["openai-processing-ms"] = str(round((self._loop.time() - self._started_at) * 1000))
+            self._downstream.prepare(head, self._headers)
         except ProtocolError as error:
             self.fail(error)
 
@@ -152,7 +163,7 @@ class Attempt:
         if self._transport.is_closing() or self._done.done():
             return
         if self.first_byte_at is None:
-            self.first_byte_at = asyncio.get_running_loop().time()
+            self.first_byte_at = self._loop.time()
         try:
             self._downstream.write(data)
         except ProtocolError as error:

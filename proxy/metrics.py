@@ -5,10 +5,9 @@ The request path adds to counters and histograms; gauges are read off the fleet 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -17,8 +16,7 @@ from proxy.choose import REASONS
 from proxy.directory_metrics import DirectoryCollector
 from proxy.fleet import STANDINGS, Fleet, Worker
 from proxy.health import Cause
-
-_LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+from proxy.tally import Count, Counts, Spread, Spreads
 
 
 class Metrics:
@@ -33,18 +31,11 @@ class Metrics:
         record_ages: Callable[[], Mapping[str, Sequence[float]]] = dict,
     ) -> None:
         self.registry = CollectorRegistry()
-        requests = self._counter("infermesh_requests", "Requests answered, by model, route and outcome.", "model", "task", "code")
-        tokens = self._counter("infermesh_tokens", "Tokens of completed requests, by model and kind.", "model", "kind")
-        retries = self._counter("infermesh_retries", "Attempts that failed and were tried elsewhere.", "code")
-        first_byte = self._histogram("infermesh_time_to_first_byte_seconds", "From the request's end to its answer's first byte.")
-        duration = self._histogram("infermesh_request_duration_seconds", "From the request's end to its answer's end.")
-        # Finding a labelled child takes the library longer than adding to it; each is found once.
-        self.requests: Callable[[str, str, str], Counter] = functools.cache(requests.labels)
-        self.tokens: Callable[[str, str], Counter] = functools.cache(tokens.labels)
-        self.retries: Callable[[str], Counter] = functools.cache(retries.labels)
-        self.first_byte: Callable[[str], Histogram] = functools.cache(first_byte.labels)
-        self.duration: Callable[[str], Histogram] = functools.cache(duration.labels)
-        # Plain numbers, since each is counted once a request; read off at scrape time.
+        self.requests = self._counter("infermesh_requests", "Requests answered, by model, route and outcome.", "model", "task", "code")
+        self.tokens = self._counter("infermesh_tokens", "Tokens of completed requests, by model and kind.", "model", "kind")
+        self.retries = self._counter("infermesh_retries", "Attempts that failed and were tried elsewhere.", "code")
+        self.first_byte = self._histogram("infermesh_time_to_first_byte_seconds", "From the request's end to its answer's first byte.")
+        self.duration = self._histogram("infermesh_request_duration_seconds", "From the request's end to its answer's end.")
         self.choices = dict.fromkeys(REASONS, 0)
         self.cached_tokens = {"expected": 0, "counted": 0}
         self.rerouted = 0
@@ -52,11 +43,17 @@ class Metrics:
         self.registry.register(_RoutingCollector(self, fleet))
         self.registry.register(DirectoryCollector(directory, lookups or Durations(), record_ages))
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Callable[..., Count]:
+        """The counter's children by the values of its labels."""
+        counts = Counts(name, text, *labels)
+        self.registry.register(counts)
+        return counts.at
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, ("model",), buckets=_LATENCY_BUCKETS, registry=self.registry)
+    def _histogram(self, name: str, text: str) -> Callable[[str], Spread]:
+        """The histogram's children by model."""
+        spreads = Spreads(name, text)
+        self.registry.register(spreads)
+        return spreads.at
 
     def render(self) -> bytes:
         """The text exposition format."""

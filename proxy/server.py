@@ -42,6 +42,7 @@ class HttpServer:
         self._runner: web.ServerRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.connections = Connections(_limits(config))
+        self._loop = asyncio.get_running_loop()
 
     async def start(self) -> int:
         """Listen; returns the port. Raises `ConfigError` if the address or the certificate cannot be used."""
@@ -102,8 +103,7 @@ class HttpServer:
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
-        loop = asyncio.get_running_loop()
-        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=self._config.max_body_bytes)
+        return web.BaseRequest(message, payload, protocol, writer, task, self._loop, client_max_size=self._config.max_body_bytes)
 
     # -- TLS
 

@@ -23,8 +23,11 @@ from mesh.errors import MalformedEnvelope, ProtocolError
 
 HEADER = struct.Struct(">IIB")
 HEADER_BYTES = HEADER.size
+_header = HEADER.pack
 MAX_PAYLOAD_BYTES = 64 * 1024
 _COUNT = struct.Struct(">I")
+EMPTY_CONTROL = b"\x80"
+"""A control payload that says nothing: an empty map."""
 _pack = msgpack.Packer(use_bin_type=True).pack  # made once: a packer holds a buffer worth keeping
 
 
@@ -62,9 +65,10 @@ LINK_CONTROL = frozenset({Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX})
 
 def encode_frame(kind: int, stream: int, payload: bytes | bytearray = b"") -> bytes:
     """One frame. ``payload`` is at most `MAX_PAYLOAD_BYTES`."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise ValueError(f"a frame holds at most {MAX_PAYLOAD_BYTES} bytes, not {len(payload)}")
-    return HEADER.pack(len(payload), stream, kind) + payload
+    size = len(payload)
+    if size > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"a frame holds at most {MAX_PAYLOAD_BYTES} bytes, not {size}")
+    return _header(size, stream, kind) + payload
 
 
 def encode_tokens(stream: int, trail: bytes, data: bytes) -> bytes:
@@ -84,6 +88,8 @@ def encode_credit(stream: int, count: int) -> bytes:
 
 def parse_control(payload: bytes) -> dict[str, Any]:
     """A control frame's map. Raises `ProtocolError`."""
+    if payload == EMPTY_CONTROL:
+        return {}
     try:
         return parse_payload(payload)
     except MalformedEnvelope as error:

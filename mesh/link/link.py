@@ -21,6 +21,7 @@ from mesh.identity import Peer
 from mesh.link.allowance import Allowance
 from mesh.link.errors import encode_error, parse_error
 from mesh.link.frames import (
+    EMPTY_CONTROL,
     LINK_CONTROL,
     MAX_PAYLOAD_BYTES,
     Frame,
@@ -44,8 +45,8 @@ _HIGH_WATER_BYTES = 4 * 1024 * 1024
 MAX_TRAIL_BYTES = 256 * 1024
 """More trail than this is not kept: some 40,000 tokens. A stream that long stays where it is."""
 MAX_ROUND_TRIP_S = 3600.0
-_TOKENS = int(Frame.TOKENS)
-_BODY = frozenset({int(Frame.DATA), _TOKENS})
+_DATA, _END, _TOKENS = int(Frame.DATA), int(Frame.END), int(Frame.TOKENS)
+_BODY = frozenset({_DATA, _TOKENS})
 _STAMP = struct.Struct(">d")
 
 
@@ -442,7 +443,7 @@ class _Sending:
         if size > self._credit or size > MAX_PAYLOAD_BYTES or not self.link._writable.is_set():
             return False
         self._credit -= size
-        self.link.write(encode_frame(Frame.DATA, self.number, data))
+        self.link.write(encode_frame(_DATA, self.number, data))
         return True
 
     async def credit(self, count: int) -> None:
@@ -491,10 +492,19 @@ class OutgoingStream(_Sending):
             trail += payload[1:cut]
         return payload[cut:]
 
+    def send_whole(self, body: bytes | bytearray) -> bool:
+        """`send_now` and `end` at once: what most requests are."""
+        size = len(body)
+        if size > self._credit or size > MAX_PAYLOAD_BYTES or not self.link._writable.is_set():
+            return False
+        self._credit -= size
+        self.link.write(encode_frame(_DATA, self.number, body) + encode_frame(_END, self.number, EMPTY_CONTROL))
+        return True
+
     def end(self) -> None:
         """The request's body is complete."""
         if not self.done:
-            self.link.write(encode_control(Frame.END, self.number, {}))
+            self.link.write(encode_frame(_END, self.number, EMPTY_CONTROL))
 
     def cancel(self) -> None:
         """Nobody wants the answer any more; the sink hears nothing further."""
@@ -573,7 +583,7 @@ class IncomingStream(_Sending):
                 raise WorkerLost("the stream ended while it was being written")
 
     def accept(self) -> None:
-        self.link.write(encode_control(Frame.ACCEPTED, self.number, {}))
+        self.link.write(encode_frame(Frame.ACCEPTED, self.number, EMPTY_CONTROL))
 
     def progress(self, fields: Mapping[str, Any]) -> None:
         self.link.write(encode_control(Frame.PROGRESS, self.number, fields))

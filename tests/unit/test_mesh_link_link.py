@@ -166,6 +166,16 @@ async def test_slow_reader_stalls_its_own_stream_and_no_other() -> None:
         await stalled
 
 
+async def test_whole_body_is_sent_and_ended_at_once_or_not_at_all() -> None:
+    pair = await linked()
+    stream = pair.open().stream
+    assert not stream.send_whole(bytes(MAX_PAYLOAD_BYTES + 1))
+    assert stream.send_whole(b"all of it")
+    await pair.settle()
+    received, _ = pair.bob_owner.opened[0]
+    assert await received.read_body(max_bytes=100) == b"all of it"
+
+
 async def test_send_now_refuses_beyond_credit_and_beyond_a_frame() -> None:
     pair = await linked()
     pair.open(eager=False)
