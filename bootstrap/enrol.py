@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -40,12 +40,17 @@ class Desk:
     known_bootstraps: Callable[[], tuple[str, ...]]
     tell_others: Callable[[bytes, bytes], Awaitable[set[bytes]]]
 
+    @property
+    def present(self) -> Admission:
+        """What admits nodes, with the newest keyset there is: newcomers are told of every issuer at once."""
+        return replace(self.admission, keyset=self.trust.keyset)
+
     def about(self) -> dict[str, Any]:
         """What anybody may know of this mesh: enough to check everything else."""
         return {
             "mesh_id": self.trust.mesh_id.hex(),
             "root_certificate": self.admission.root_certificate.decode(),
-            "keyset": self.admission.keyset.signed.hex(),
+            "keyset": self.trust.keyset.signed.hex(),
         }
 
     async def enrol(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +69,7 @@ class Desk:
             check_uses(invite, nodes)
         left = invite.uses - len(nodes)
         log.info("enrol.admitted", role=str(invite.role), id=node_id.hex()[:12], token=invite.id.hex()[:8], uses_left=left)
-        return self._answer(self.admission.admit(public_key, invite.role, now=now), invite.role)
+        return self._answer(self.present.admit(public_key, invite.role, now=now), invite.role)
 
     async def spent(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Another bootstrap node has admitted a node for a token: note it, and say who else has used it."""
@@ -82,7 +87,7 @@ class Desk:
         if key_id(raw_public_key(public_key)) != peer.node_id:
             raise TrustError("a renewal keeps the node's key: the signing request was made with another")
         log.info("enrol.renewed", role=str(peer.role), id=peer.node_id.hex()[:12])
-        return self._answer(self.admission.admit(public_key, peer.role, now=self.clock.wall()), peer.role)
+        return self._answer(self.present.admit(public_key, peer.role, now=self.clock.wall()), peer.role)
 
     def _answer(self, credentials: Credentials, role: Role) -> dict[str, Any]:
         answer: dict[str, Any] = {
@@ -90,7 +95,7 @@ class Desk:
             "bootstraps": list(self.known_bootstraps()),
         }
         if role == Role.BOOTSTRAP:
-            answer["admission"] = encode_admission(self.admission)
+            answer["admission"] = encode_admission(self.present)
         return answer
 
 

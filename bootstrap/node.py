@@ -14,9 +14,10 @@ from bootstrap.others import Others
 from bootstrap.server import EnrolServer
 from mesh import __version__, runtime
 from mesh.authority import Admission, load_admission, open_mesh
+from mesh.bulletin import watch_documents
 from mesh.clock import Clock, SystemClock
 from mesh.directory import Directory
-from mesh.enrol import known_bootstraps, open_identity, until_half_life
+from mesh.enrol import keep_keyset, known_bootstraps, open_identity, until_half_life
 from mesh.errors import ConfigError
 from mesh.identity import Identity, IdentityStore
 from mesh.node import About, Announcer
@@ -76,11 +77,16 @@ async def run(config: BootstrapConfig, stop: asyncio.Event) -> int:
         announcer.start()
         directory.watch(Role.BOOTSTRAP, lambda _record: None, interval_s=WATCH_S)
         async with asyncio.TaskGroup() as tasks:
-            renewal = tasks.create_task(keep_admitted(identity, admission, store, clock, rng))
+            background = (
+                tasks.create_task(keep_admitted(identity, admission, store, clock, rng)),
+                tasks.create_task(keep_keyset(identity, store)),
+                tasks.create_task(watch_documents(directory, clock, rng)),
+            )
             runtime.announce(config, node_id=identity.node_id, addresses=announcer.addresses)
             log.info("bootstrap.ready", addresses=announcer.addresses, id=identity.node_id.hex()[:12], version=__version__)
             await stop.wait()
-            renewal.cancel()
+            for task in background:
+                task.cancel()
     finally:
         await server.stop()
         await announcer.stop()
@@ -124,7 +130,7 @@ async def keep_admitted(identity: Identity, admission: Admission, store: Identit
         now = clock.wall()
         credentials = admission.admit(identity.key.public_key(), Role.BOOTSTRAP, now=now)
         identity.renew(credentials, now=now)
-        await asyncio.to_thread(store.save, credentials, identity.mesh_id)
+        await asyncio.to_thread(store.save, identity.credentials, identity.mesh_id)
         log.info("node.renewed", until=int(identity.membership.expires))
 
 

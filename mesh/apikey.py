@@ -6,6 +6,9 @@
           envelope: mesh.envelope, domain "infermesh/apikey", signer = kid of an issuer that may sign keys
           crc:      CRC-32 of everything before it, 6 base62 digits
 
+A key may also be signed with a delegation (`mesh.delegation`): then its signer is the delegation's own public key, and it carries the
+chain of delegations from an issuer down to that one. Whoever is above in the chain bounds whoever is below.
+
 The checksum lets a typo fail in a microsecond, before any cryptography, and lets secret scanners recognise a leaked key.
 """
 
@@ -15,7 +18,6 @@ import hashlib
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,15 +25,18 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import check_time, read_bytes, read_number, read_str, read_strs
-from mesh.envelope import read_unverified, seal
-from mesh.errors import MalformedEnvelope, UnknownSigner, UsageError
-from mesh.trust import Issuer, Purpose, Trust
+from mesh.delegation import MAX_CHAIN, Delegation, Signer, open_chain, signed_by
+from mesh.envelope import open_envelope, read_unverified, seal, signer_of
+from mesh.errors import MalformedEnvelope, OutOfScope, Revoked, UsageError
+from mesh.revocations import RevocationList
+from mesh.scope import MAX_LIFETIME_S, UNBOUNDED, Scope
+from mesh.trust import Purpose, Trust
 
 PREFIX = "im_"
 APIKEY_DOMAIN = "infermesh/apikey"
-MAX_LIFETIME_S = 90 * 24 * 3600.0
 MAX_KEY_CHARS = 4096
 _CRC_CHARS = 6
+_PUBLIC_KEY_BYTES = 32
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _VALUE = {digit: value for value, digit in enumerate(_DIGITS)}
 _SHAPE = re.compile(r"im_[1-9A-Za-z][0-9A-Za-z]+")
@@ -48,7 +53,7 @@ class KeyRole(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """The verified claims of a key. ``None`` means no restriction by this key.
+    """The verified claims of a key. ``None`` means no restriction by this key. ``delegations`` are the ids of those it was made with.
 
     ``id`` is 8 random bytes; times are wall-clock seconds; ``rps`` requests and ``tps`` tokens per second;
     ``concurrency`` requests at once; ``budget`` a money amount in the mesh's currency.
@@ -67,6 +72,23 @@ class ApiKey:
     tps: float | None = None
     concurrency: float | None = None
     budget: float | None = None
+    delegations: tuple[bytes, ...] = ()
+
+    @property
+    def scope(self) -> Scope:
+        """What the key asks for, as the bounds that it must keep within are said."""
+        return Scope(
+            projects=frozenset({self.project}),
+            models=self.models,
+            endpoints=self.endpoints,
+            regions=None if self.region is None else frozenset({self.region}),
+            roles=self.roles,
+            rps=self.rps,
+            tps=self.tps,
+            concurrency=self.concurrency,
+            budget=self.budget,
+            ttl_s=self.expires - self.not_before,
+        )
 
     def may_use(self, model: str) -> bool:
         return self.models is None or model in self.models
@@ -94,20 +116,28 @@ class ApiKey:
             "budget": self.budget,
             "not_before": self.not_before,
             "expires": self.expires,
+            **({"delegations": [delegation.hex() for delegation in self.delegations]} if self.delegations else {}),
         }
 
 
+_SINGULAR = {"projects": "project", "regions": "region"}
 _LISTS = (("m", "models"), ("e", "endpoints"))
 _NUMBERS = (("rps", "rps"), ("tps", "tps"), ("con", "concurrency"), ("bud", "budget"))
 
 
 def mint(claims: ApiKey, issuer: Ed25519PrivateKey, kid: str) -> str:
-    """Sign a key. Raises `UsageError` if it would live more than 90 days or holds an unknown role."""
+    """Sign a key with an issuer's own key. Raises `UsageError` if it would live more than 90 days or holds an unknown role."""
+    return mint_with(claims, Signer(kid=kid, key=issuer, scope=UNBOUNDED, expires=claims.expires))
+
+
+def mint_with(claims: ApiKey, signer: Signer) -> str:
+    """Sign a key. Raises `UsageError` as `mint`, and `OutOfScope` if the signer may not make it."""
     if not 0 < claims.expires - claims.not_before <= MAX_LIFETIME_S:
         raise UsageError("an API key lives at most 90 days; create another before it ends")
     unknown = claims.roles - set(KeyRole)
     if unknown or not claims.roles:
         raise UsageError(f"roles are {', '.join(KeyRole)}" + (f", not {', '.join(sorted(unknown))}" if unknown else ""))
+    _check_scope(claims, signer.scope)
     payload: dict[str, Any] = {
         "id": claims.id,
         "p": claims.project,
@@ -121,7 +151,9 @@ def mint(claims: ApiKey, issuer: Ed25519PrivateKey, kid: str) -> str:
     for short, name in (*_NUMBERS, ("reg", "region")):
         if (value := getattr(claims, name)) is not None:
             payload[short] = value
-    text = PREFIX + encode_base62(seal(APIKEY_DOMAIN, kid.encode("ascii"), issuer, payload))
+    if signer.chain:
+        payload["d"] = list(signer.chain)
+    text = PREFIX + encode_base62(seal(APIKEY_DOMAIN, signer.name, signer.key, payload))
     key = text + _checksum(text)
     if len(key) > MAX_KEY_CHARS:
         raise UsageError(f"this key would be {len(key)} characters long; name fewer models or endpoints")
@@ -139,44 +171,77 @@ def parse_key(text: str) -> bytes:
 
 def verify_key(text: str, trust: Trust, *, now: float) -> ApiKey:
     """Verify a key's text against the mesh. Raises a `TrustError` that says which check failed, never what was in the key."""
-    issuer, opened = trust.open(APIKEY_DOMAIN, parse_key(text), Purpose.KEY, now=now, max_bytes=MAX_KEY_CHARS)
-    claims = _claims_from(opened.payload, issuer.kid)
-    _check_scope(claims, issuer)
+    return _verify(text, trust, now=now)[0]
+
+
+def _verify(text: str, trust: Trust, *, now: float) -> tuple[ApiKey, float]:
+    """The claims, and until when this verdict holds: the earliest end of the key and of whoever stands above it."""
+    envelope = parse_key(text)
+    chain = _chain_of(envelope)
+    delegations: tuple[Delegation, ...] = ()
+    if chain:
+        issuer, delegations = open_chain(chain, trust, now=now)
+        opened = open_envelope(APIKEY_DOMAIN, envelope, signed_by(delegations[-1]), max_bytes=MAX_KEY_CHARS)
+    else:
+        issuer, opened = trust.open(APIKEY_DOMAIN, envelope, Purpose.KEY, now=now, max_bytes=MAX_KEY_CHARS)
+    claims = _claims_from(opened.payload, issuer.kid, tuple(delegation.id for delegation in delegations))
+    _check_scope(claims, delegations[-1].scope if delegations else issuer.scope)
     check_time("the API key", not_before=claims.not_before, expires=claims.expires, now=now)
-    return claims
+    return claims, min(claims.expires, issuer.expires, *(delegation.expires for delegation in delegations))
+
+
+def _chain_of(envelope: bytes) -> tuple[bytes, ...]:
+    """The delegations that a key brings along. Each is verified before it counts; which there are decides what the key is verified with."""
+    if len(signer_of(envelope)) != _PUBLIC_KEY_BYTES:
+        return ()
+    chain = read_unverified(envelope).payload.get("d", [])
+    if not isinstance(chain, list) or len(chain) > MAX_CHAIN or not all(isinstance(item, bytes) for item in chain):
+        raise MalformedEnvelope("the API key's delegations cannot be read")
+    return tuple(chain)
 
 
 def read_key(text: str) -> ApiKey:
     """What a key claims, with nothing verified but its checksum: for showing to people. Raises `MalformedEnvelope`."""
     opened = read_unverified(parse_key(text))
-    return _claims_from(opened.payload, opened.signer.decode("ascii", "replace"))
+    signer = opened.signer
+    return _claims_from(opened.payload, signer.hex() if len(signer) == _PUBLIC_KEY_BYTES else signer.decode("ascii", "replace"), ())
 
 
 class KeyVerifier:
     """Verifies keys, remembering good ones by hash: 100 µs the first time, a microsecond after.
 
-    A remembered verdict ends with the key's own expiry, its issuer's, or any change of the keyset.
+    A remembered verdict ends with the key's own expiry, with that of whoever made it, with a change of the keyset, or with a revocation.
     """
 
-    def __init__(self, trust: Trust, *, size: int = 10_000) -> None:
+    def __init__(self, trust: Trust, *, revoked: RevocationList | None = None, size: int = 10_000) -> None:
         self._trust = trust
+        self._revoked = revoked or RevocationList()
         self._size = size
         self._known: OrderedDict[bytes, tuple[float, ApiKey]] = OrderedDict()
         trust.on_change(self._known.clear)
+        self._revoked.on_change(self._forget_revoked)
 
     def verify(self, text: str, *, now: float) -> ApiKey:
-        """As `verify_key`."""
+        """As `verify_key`; also raises `Revoked`."""
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         known = self._known.get(digest)
         if known is not None and now < known[0]:
             return known[1]
-        claims = verify_key(text, self._trust, now=now)
-        issuer = self._trust.issuer(claims.kid, Purpose.KEY, now=now)
+        claims, until = _verify(text, self._trust, now=now)
+        reason = self._revoked.newest.refuses(claims)
+        if reason is not None:
+            raise Revoked(reason)
         if claims.not_before <= now:
-            self._known[digest] = (min(claims.expires, issuer.expires), claims)
+            self._known[digest] = (until, claims)
             if len(self._known) > self._size:
                 self._known.popitem(last=False)
         return claims
+
+    def _forget_revoked(self) -> None:
+        """Once for each new list, so that a request asks nothing of it."""
+        refuses = self._revoked.newest.refuses
+        for digest in [digest for digest, (_, claims) in self._known.items() if refuses(claims) is not None]:
+            del self._known[digest]
 
 
 def encode_base62(data: bytes) -> str:
@@ -203,7 +268,7 @@ def _checksum(text: str) -> str:
     return encode_base62(zlib.crc32(text.encode("ascii")).to_bytes(4)).rjust(_CRC_CHARS, "0")
 
 
-def _claims_from(payload: dict[str, Any], kid: str) -> ApiKey:
+def _claims_from(payload: dict[str, Any], kid: str, delegations: tuple[bytes, ...]) -> ApiKey:
     def optional_list(name: str) -> frozenset[str] | None:
         return frozenset(read_strs(payload, name, max_items=256)) if name in payload else None
 
@@ -230,16 +295,12 @@ def _claims_from(payload: dict[str, Any], kid: str) -> ApiKey:
         tps=optional_number("tps"),
         concurrency=optional_number("con"),
         budget=optional_number("bud"),
+        delegations=delegations,
     )
 
 
-def _check_scope(claims: ApiKey, issuer: Issuer) -> None:
-    """An issuer can never sign more than the root allowed it."""
-    if issuer.projects is not None and claims.project not in issuer.projects:
-        raise UnknownSigner("the API key's issuer may not sign for its project")
-    if issuer.models is not None and not _within(claims.models, issuer.models):
-        raise UnknownSigner("the API key's issuer may not sign for its models")
-
-
-def _within(inner: Iterable[str] | None, outer: frozenset[str]) -> bool:
-    return inner is not None and outer.issuperset(inner)
+def _check_scope(claims: ApiKey, bounds: Scope) -> None:
+    """Nobody can sign more than whoever stands above allowed."""
+    beyond = claims.scope.beyond(bounds)
+    if beyond is not None:
+        raise OutOfScope(f"the API key's issuer may not sign for its {_SINGULAR.get(beyond, beyond)}")

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from mesh.apikey import ApiKey, mint
+from mesh.documents import Document, seal_document
 from mesh.errors import ConfigError, MalformedEnvelope, UsageError
 from mesh.identity import (
     CERTIFICATE_LIFETIME_S,
@@ -148,6 +149,10 @@ class Authority:
 
     def mint_key(self, claims: ApiKey) -> str:
         return mint(claims, self._issuer_key(KEYS_KID), KEYS_KID)
+
+    def sign_document(self, document: Document) -> Document:
+        """Sign a version of a document; returns it with ``signed`` filled in."""
+        return seal_document(document, self._issuer_key(KEYS_KID), KEYS_KID)
 
     def invite(self, role: Role, *, ttl_s: float, uses: int, bootstraps: tuple[str, ...], now: float) -> str:
         """A join token's text."""

@@ -115,6 +115,11 @@ class Client:
         async with self._request("POST", path, body) as response:
             return await _read_object(response)
 
+    async def post_bytes(self, path: str, body: bytes) -> dict[str, Any]:
+        """A JSON object for bytes that are what they are."""
+        async with self._request("POST", path, body) as response:
+            return await _read_object(response)
+
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The events of a streamed answer. Raises `ApiError` on an in-band error and on an end without ``[DONE]``."""
         async with self._request("POST", path, {**body, "stream": True}) as response:
@@ -128,11 +133,12 @@ class Client:
         raise ApiError("the answer broke off without its end mark: what was printed is not complete; try again")
 
     @asynccontextmanager
-    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | bytes | None) -> AsyncIterator[aiohttp.ClientResponse]:
         assert self._session is not None, "use `async with`"
         url = self._settings.url + path
         try:
-            async with self._session.request(method, url, json=body, allow_redirects=False) as response:
+            content: dict[str, Any] = {"data": body} if isinstance(body, bytes) else {"json": body}
+            async with self._session.request(method, url, allow_redirects=False, **content) as response:
                 if response.status != 200:
                     raise await _refusal(response)
                 yield response

@@ -17,6 +17,7 @@ import structlog
 
 from mesh.clock import Clock
 from mesh.dht.config import DirectoryConfig
+from mesh.dht.documents import Answer
 from mesh.dht.exchange import Version
 from mesh.dht.keys import MAX_LEVEL, indexes, level_of, shard_of, sub_shards
 from mesh.dht.node import DhtNode
@@ -212,9 +213,19 @@ class Directory:
         """The last versions that holders list, the newest first. What they list is verified when it is fetched."""
         return await self.node.exchange.history(document_key(kind, name, project))
 
-    def held_documents(self, kind: str) -> list[Document]:
-        """The newest version of each document of a kind that this node itself holds; asks nobody. After `start`, those on its disk too."""
-        return [document for document in self.node.documents if document.kind == kind]
+    def held_documents(self, kind: str = "") -> list[Document]:
+        """The newest version of each document (of a kind) that this node itself holds; asks nobody. After `start`, those on disk too."""
+        return [document for document in self.node.documents if kind in ("", document.kind)]
+
+    def held_document(self, kind: str, name: str, *, project: str = "") -> Document | None:
+        """The newest version of a document that this node itself holds."""
+        return self.node.documents.newest(document_key(kind, name, project))
+
+    async def confirm_document(self, document: Document) -> bool:
+        """Offer a version to every bootstrap node that is known; True if one of them has it, and so none newer."""
+        contacts = [contact for record in self.known(Role.BOOTSTRAP) if (contact := self.node.contact_of(record)) is not None]
+        answers = await self.node.exchange.offer(document, contacts)
+        return any(answer in (Answer.HAVE, Answer.ACCEPTED) for answer in answers.values())
 
     def accept_document(self, signed: bytes) -> bool:
         """Take in a document that came over a link; True if it holds and is newer than what is here. It is then kept like any other.

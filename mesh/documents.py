@@ -5,6 +5,9 @@ digest of the one before, so a lost update or a rollback shows. At most 64 KiB o
 
 A document of a project is a matter of that project alone. An issuer that is restricted to projects signs for those and for nothing that
 concerns the whole mesh; one that is restricted to models signs none, because what a body says of models is not ours to read.
+
+The mesh's keyset travels as a document too. The root's signature inside is what counts: such a document is verified with the very keyset
+that it brings, so a new issuer may sign it that nobody has heard of yet, and its ``seq`` is the keyset's own.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from dataclasses import dataclass, replace
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import check_time, read_bytes, read_int, read_number, read_str
-from mesh.envelope import MAX_ENVELOPE_BYTES, seal
+from mesh.envelope import MAX_ENVELOPE_BYTES, read_unverified, seal
 from mesh.errors import MalformedEnvelope, UnknownSigner
 from mesh.records import directory_key
-from mesh.trust import Issuer, Purpose, Trust
+from mesh.trust import KEYSET_KIND, Issuer, Purpose, Trust, parse_keyset
 
 DOCUMENT_DOMAIN = "infermesh/document"
 MAX_BODY_BYTES = 64 * 1024
@@ -105,7 +108,7 @@ def seal_document(document: Document, issuer: Ed25519PrivateKey, kid: str) -> Do
 
 def parse_document(data: bytes, trust: Trust, *, now: float) -> Document:
     """Verify a document from anywhere. Raises a `TrustError`. One that has expired is still a document: see `Document.alive`."""
-    issuer, opened = trust.open(DOCUMENT_DOMAIN, data, Purpose.DOCUMENT, now=now, max_bytes=MAX_ENVELOPE_BYTES)
+    issuer, opened = _vouching(data, trust).open(DOCUMENT_DOMAIN, data, Purpose.DOCUMENT, now=now, max_bytes=MAX_ENVELOPE_BYTES)
     payload = opened.payload
     document = Document(
         kind=read_str(payload, "kind", max_len=MAX_KIND_CHARS),
@@ -125,6 +128,17 @@ def parse_document(data: bytes, trust: Trust, *, now: float) -> Document:
     _check_scope(issuer, document.project)
     check_time("the document", not_before=document.issued, expires=float("inf"), now=now)
     return document
+
+
+def _vouching(data: bytes, trust: Trust) -> Trust:
+    """What a document is verified against: for one that brings a newer keyset, that keyset, since the root itself has signed it."""
+    payload = read_unverified(data).payload
+    if payload.get("kind") != KEYSET_KIND:
+        return trust
+    keyset = parse_keyset(read_bytes(payload, "body", max_len=MAX_BODY_BYTES), mesh_id=trust.mesh_id)
+    if (payload.get("seq"), payload.get("name"), payload.get("proj", "")) != (keyset.seq, KEYSET_KIND, ""):
+        raise MalformedEnvelope("a keyset travels under its own number and name, as a document of the whole mesh")
+    return Trust(keyset) if keyset.seq > trust.keyset.seq else trust
 
 
 def _check_scope(issuer: Issuer, project: str) -> None:

@@ -149,9 +149,23 @@ async def keep_renewed(
         await until_half_life(identity.membership, clock, rng)
         admitted = await renewed(identity, store.directory, bootstraps, clock=clock, rng=rng)
         bootstraps = admitted.bootstraps or bootstraps
-        await asyncio.to_thread(store.save, admitted.credentials, identity.mesh_id)
+        await asyncio.to_thread(store.save, identity.credentials, identity.mesh_id)
         await asyncio.to_thread(remember_bootstraps, store.directory, bootstraps)
         log.info("node.renewed", until=int(identity.membership.expires))
+
+
+async def keep_keyset(identity: Identity, store: IdentityStore) -> None:
+    """A task for as long as the node runs: a keyset that came in between is on disk before the next start."""
+    changed = asyncio.Event()
+    identity.trust.on_change(changed.set)
+    while True:
+        await changed.wait()
+        changed.clear()
+        log.info("node.keyset", seq=identity.trust.keyset.seq)
+        try:
+            await asyncio.to_thread(store.save, identity.credentials, identity.mesh_id)
+        except OSError as error:
+            log.warning("node.keyset_unsaved", error=str(error))
 
 
 async def until_half_life(member: Membership, clock: Clock, rng: random.Random) -> None:

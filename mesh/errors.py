@@ -7,6 +7,8 @@
     │   ├── MalformedEnvelope       not an envelope, or beyond its limits
     │   ├── BadSignature            the bytes were not signed by who they name
     │   ├── UnknownSigner           nobody the root key vouches for, or not for this purpose
+    │   │   └── OutOfScope          somebody it vouches for, but not for this much
+    │   ├── Revoked                 taken back before its time
     │   ├── NotYetValid             its time has not come
     │   ├── Expired                 its time has passed
     │   └── WrongMesh               it belongs to another mesh
@@ -18,6 +20,8 @@
     │   ├── InvalidKey              no key, or one that does not hold
     │   ├── KeyNotAllowed           a good key that may not do this
     │   ├── ModelNotFound
+    │   ├── DocumentNotFound
+    │   ├── DocumentRefused         a document whose signature or signer does not hold
     │   ├── RouteNotFound
     │   └── MethodNotAllowed
     ├── CapacityError               a request cannot be served right now; trying again may help
@@ -37,6 +41,7 @@
     ├── EngineError                 (inside a worker) the engine cannot be started or kept running
     │   └── ModelSourceError        the model cannot be had: fetch, checksum or format
     ├── DirectoryError              the directory cannot do what was asked
+    │   └── DocumentConflict        a document does not follow the newest version there is
     ├── EnrolError                  a bootstrap node would not or could not admit this node
     │   ├── EnrolRefused            it understood and said no; asking again will not help
     │   └── TokenSpent              the join token has admitted as many nodes as it may
@@ -103,6 +108,18 @@ class UnknownSigner(TrustError):
     code = "unknown_signer"
 
 
+class OutOfScope(UnknownSigner):
+    """The signer may not sign for this much."""
+
+    code = "out_of_scope"
+
+
+class Revoked(TrustError):
+    """It has been revoked."""
+
+    code = "revoked"
+
+
 class NotYetValid(TrustError):
     """It is not valid yet."""
 
@@ -167,6 +184,18 @@ class ModelNotFound(RequestError):
     """No such model."""
 
     code = "model_not_found"
+
+
+class DocumentNotFound(RequestError):
+    """No such document."""
+
+    code = "document_not_found"
+
+
+class DocumentRefused(RequestError):
+    """The document does not hold."""
+
+    code = "document_refused"
 
 
 class RouteNotFound(RequestError):
@@ -285,6 +314,12 @@ class DirectoryError(MeshError):
     """The directory cannot do what was asked."""
 
     code = "directory_error"
+
+
+class DocumentConflict(DirectoryError):
+    """The document does not follow the newest version there is: read that one, then write."""
+
+    code = "document_conflict"
 
 
 class EnrolError(MeshError):

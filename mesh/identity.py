@@ -11,7 +11,7 @@ import json
 import os
 import ssl
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -67,6 +67,7 @@ class Identity:
         self.credentials = credentials
         self.membership = self._check(credentials, now)
         self._on_renewal: list[Callable[[], None]] = []
+        self.trust.on_change(self._note_keyset)
 
     @property
     def role(self) -> Role:
@@ -80,9 +81,13 @@ class Identity:
         """Take fresh credentials; live TLS contexts pick them up through `on_renewal`. Raises a `TrustError`."""
         self.trust.update(parse_keyset(credentials.keyset, mesh_id=self.mesh_id))  # first: it may name the new issuer
         membership = self._check(credentials, now)
-        self.credentials, self.membership = credentials, membership
+        self.credentials, self.membership = replace(credentials, keyset=self.trust.keyset.signed), membership
         for callback in self._on_renewal:
             callback()
+
+    def _note_keyset(self) -> None:
+        """What is kept of the credentials must never go back to an older keyset than was once known."""
+        self.credentials = replace(self.credentials, keyset=self.trust.keyset.signed)
 
     def on_renewal(self, callback: Callable[[], None]) -> None:
         self._on_renewal.append(callback)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from mesh.bulletin import Bulletin
 from mesh.clock import Clock
 from mesh.directory import Directory
 from mesh.errors import MalformedEnvelope
@@ -205,6 +206,16 @@ class MeshNode:
             wants=self.neighbours.wants,
         )
 
+        self.bulletin = Bulletin(
+            directory,
+            role=identity.role,
+            links=lambda: self.peers.links.values(),
+            start=lambda work: directory.node.tasks.start(work, name="document"),
+            clock=clock,
+            rng=rng,
+        )
+        self.peers.board = self.bulletin
+
     @property
     def addresses(self) -> tuple[str, ...]:
         """What others are told to dial; empty for a node that only dials out."""
@@ -222,6 +233,7 @@ class MeshNode:
         """Begin to publish, to find those it links with and to keep links with them. The directory has been started by the caller."""
         self.peers.start()
         self._announcer.start()
+        self._directory.node.tasks.start(self.bulletin.keep(), name="documents")
         for role in sorted(self._links_with):
             self._directory.watch(role, self.peers.want, interval_s=WATCH_S)
         if Role.WORKER in self._links_with:

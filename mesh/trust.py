@@ -19,8 +19,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from mesh.claims import check_time, read_bytes, read_int, read_maps, read_number, read_str, read_strs
 from mesh.envelope import Opened, open_envelope, seal
 from mesh.errors import MalformedEnvelope, UnknownSigner, WrongMesh
+from mesh.scope import UNBOUNDED, Scope, read_scope
 
 KEYSET_DOMAIN = "infermesh/keyset"
+KEYSET_KIND = "keyset"
+"""The kind and the name of the document in which a keyset travels."""
 _ED25519_SPKI_PREFIX = bytes.fromhex("302a300506032b6570032100")  # RFC 8410, section 4
 
 
@@ -43,7 +46,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issuer:
-    """One entry of the keyset. ``None`` for a list means no restriction; times are wall-clock seconds."""
+    """One entry of the keyset. ``scope`` bounds the API keys it makes; without ``node_roles`` it may admit any node. Wall-clock seconds."""
 
     kid: str
     public_key: bytes
@@ -51,8 +54,15 @@ class Issuer:
     not_before: float
     expires: float
     node_roles: frozenset[str] | None = None
-    projects: frozenset[str] | None = None
-    models: frozenset[str] | None = None
+    scope: Scope = UNBOUNDED
+
+    @property
+    def projects(self) -> frozenset[str] | None:
+        return self.scope.projects
+
+    @property
+    def models(self) -> frozenset[str] | None:
+        return self.scope.models
 
     def to_payload(self) -> dict[str, Any]:
         payload: dict[str, Any] = {
@@ -62,25 +72,20 @@ class Issuer:
             "nbf": int(self.not_before),
             "exp": int(self.expires),
         }
-        for name, value in (("roles", self.node_roles), ("projects", self.projects), ("models", self.models)):
-            if value is not None:
-                payload[name] = sorted(value)
-        return payload
+        if self.node_roles is not None:
+            payload["roles"] = sorted(self.node_roles)
+        return payload | self.scope.payload()
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Issuer:
-        def optional(name: str) -> frozenset[str] | None:
-            return frozenset(read_strs(payload, name, max_items=1024)) if payload.get(name) is not None else None
-
         return cls(
             kid=read_str(payload, "kid", max_len=32),
             public_key=read_bytes(payload, "pub", size=32),
             may=frozenset(read_strs(payload, "may")),
             not_before=read_number(payload, "nbf"),
             expires=read_number(payload, "exp"),
-            node_roles=optional("roles"),
-            projects=optional("projects"),
-            models=optional("models"),
+            node_roles=frozenset(read_strs(payload, "roles")) if payload.get("roles") is not None else None,
+            scope=read_scope(payload),
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import structlog
@@ -27,6 +27,7 @@ from mesh.errors import (
     Rerouted,
     RouteNotFound,
 )
+from proxy.access import ROLES, Access, access_of
 from proxy.body import Bodies
 from proxy.config import ProxyConfig
 from proxy.downstream import Downstream
@@ -44,6 +45,8 @@ from proxy.views import Views
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
+Routes = Mapping[str, Mapping[str, Handler]]
+"""Handlers by path and method; a path that ends with a slash takes all below it."""
 SWEEP_S = 0.5
 
 
@@ -60,6 +63,7 @@ class App:
         explainer: Explainer,
         metrics: Metrics,
         rng: random.Random,
+        routes: Routes | None = None,
     ) -> None:
         self._config = config
         self._gate = gate
@@ -78,11 +82,12 @@ class App:
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._routes: dict[str, dict[str, Handler]] = {
+        own: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
             "/readyz": {"GET": self._ready},
             "/metrics": {"GET": self._render_metrics},
             "/v1/models": {"GET": self._models},
+            "/v1/models/": {"GET": self._model},
             "/mesh/v1/status": {"GET": self._status},
             "/mesh/v1/workers": {"GET": self._workers},
             "/mesh/v1/peers": {"GET": self._peers},
@@ -90,6 +95,15 @@ class App:
             "/mesh/v1/doctor": {"GET": self._doctor},
             **{path: {"POST": self._infer} for path in TASKS},
         }
+        self._routes = {
+            path: {method: self._guarded(handler, access_of(method, path)) for method, handler in methods.items()}
+            for path, methods in (*own.items(), *(routes or {}).items())
+        }
+        self._below = tuple(path for path in self._routes if path.endswith("/"))
+
+    def routes(self) -> Iterator[tuple[str, str]]:
+        """Method and path of every route."""
+        return ((method, path) for path, methods in self._routes.items() for method in methods)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The one entry: find the route, run it, turn what went wrong into an answer."""
@@ -126,8 +140,8 @@ class App:
         if methods is None:
             path = request.path  # without the query, percent-decoded
             methods = self._routes.get(path)
-        if methods is None and path.startswith("/v1/models/"):
-            methods = {"GET": self._model}
+        if methods is None or path.endswith("/"):
+            methods = next((self._routes[below] for below in self._below if path.startswith(below) and path != below), None)
         if methods is None:
             raise RouteNotFound(f"There is no {request.method} {path[:128]} here")
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
@@ -135,6 +149,20 @@ class App:
             allow = [*methods, "HEAD"] if "GET" in methods else methods
             raise MethodNotAllowed(f"{path[:128]} takes {' or '.join(allow)}, not {request.method[:16]}", allow=allow)
         return handler
+
+    def _guarded(self, handler: Handler, access: Access) -> Handler:
+        """A handler behind the check of its route. Inference checks for itself, where it is counted."""
+        if access in (Access.PUBLIC, Access.SIGNED, Access.INVOKER):
+            return handler
+
+        async def guarded(request: web.BaseRequest, request_id: str) -> web.StreamResponse:
+            if access is not Access.LOCAL_VIEWER or not _from_this_machine(request):
+                key = self._authenticate(request)
+                if (role := ROLES.get(access)) is not None:
+                    self._gate.require(key, role)
+            return await handler(request, request_id)
+
+        return guarded
 
     # -- looking
 
@@ -150,8 +178,6 @@ class App:
         )
 
     async def _render_metrics(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        if not _from_this_machine(request):
-            self._gate.require(self._authenticate(request), KeyRole.VIEWER)
         body = self._metrics.render()
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "x-request-id": request_id})
 
@@ -169,25 +195,20 @@ class App:
         return {name for name in self._views.ready_models() if key.may_use(name)}
 
     async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
         return web.json_response(self._views.status(in_flight=self.in_flight, draining=self.draining), headers={"x-request-id": request_id})
 
     async def _workers(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
         return web.json_response({"workers": self._views.workers()}, headers={"x-request-id": request_id})
 
     async def _peers(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
         return web.json_response(self._explainer.peers(), headers={"x-request-id": request_id})
 
     async def _lookup(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
         asked = request.query
         answer = await self._explainer.lookup(model=asked.get("model"), role=asked.get("role"))
         return web.json_response(answer, headers={"x-request-id": request_id})
 
     async def _doctor(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        self._gate.require(self._authenticate(request), KeyRole.VIEWER)
         return web.json_response(await self._explainer.doctor(), headers={"x-request-id": request_id})
 
     # -- inference

@@ -9,9 +9,10 @@ import structlog
 
 from mesh import __version__
 from mesh.address import Address, parse_address
+from mesh.bulletin import watch_documents
 from mesh.clock import SystemClock
 from mesh.directory import Directory
-from mesh.enrol import keep_renewed, known_bootstraps, open_identity
+from mesh.enrol import keep_keyset, keep_renewed, known_bootstraps, open_identity
 from mesh.identity import IdentityStore
 from mesh.node import About, MeshNode
 from mesh.records import Capability, Record, State
@@ -19,6 +20,7 @@ from mesh.runtime import announce
 from mesh.trust import Role
 from proxy.app import App
 from proxy.config import ProxyConfig
+from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
@@ -42,7 +44,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         return await run_processes(config, stop)
     clock, rng = SystemClock(), random.Random()
     identity = await open_identity(config, Role.PROXY, clock)
-    bootstraps = known_bootstraps(config)
+    bootstraps, store = known_bootstraps(config), IdentityStore(config.state_dir)
     directory = Directory(identity, bootstraps=bootstraps, state_dir=config.state_dir, clock=clock, rng=rng)
     fleet, proxies = Fleet(on_record=directory.observe), Proxies(on_record=directory.observe)
     state = State.JOINING
@@ -68,7 +70,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants)
     metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
     gate = Gate(identity.trust, clock=clock, region=config.region)
-    app = App(config, gate=gate, fleet=fleet, views=views, explainer=explainer, metrics=metrics, rng=rng)
+    documents = DocumentRoutes(directory, identity.trust, clock=clock)
+    app = App(config, gate=gate, fleet=fleet, views=views, explainer=explainer, metrics=metrics, rng=rng, routes=documents.routes())
     server = HttpServer(app, config)
     await directory.start(config.host, config.dht_port)
     try:
@@ -83,8 +86,10 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         log.info("proxy.listening", api=api, links=node.addresses[0], id=identity.node_id.hex()[:12])
         async with asyncio.TaskGroup() as tasks:
             background = (
-                tasks.create_task(keep_renewed(identity, IdentityStore(config.state_dir), bootstraps, clock, rng)),
+                tasks.create_task(keep_renewed(identity, store, bootstraps, clock, rng)),
                 tasks.create_task(app.sweep()),
+                tasks.create_task(keep_keyset(identity, store)),
+                tasks.create_task(watch_documents(directory, clock, rng)),
             )
             await stop.wait()
             state = State.DRAINING

@@ -12,7 +12,7 @@ import structlog
 from mesh import __version__
 from mesh.clock import SystemClock
 from mesh.directory import Directory
-from mesh.enrol import keep_renewed, known_bootstraps, open_identity
+from mesh.enrol import keep_keyset, keep_renewed, known_bootstraps, open_identity
 from mesh.errors import ProtocolError
 from mesh.identity import IdentityStore
 from mesh.link.frames import Frame
@@ -132,8 +132,12 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             report()
             log.info("worker.started", id=identity.node_id.hex()[:12], links=node.addresses or "outbound only", engine=config.engine)
             async with asyncio.TaskGroup() as tasks:
-                renewing = tasks.create_task(keep_renewed(identity, IdentityStore(config.state_dir), bootstraps, clock, rng))
-                watching = tasks.create_task(vitals.run())
+                store = IdentityStore(config.state_dir)
+                background = (
+                    tasks.create_task(keep_renewed(identity, store, bootstraps, clock, rng)),
+                    tasks.create_task(keep_keyset(identity, store)),
+                    tasks.create_task(vitals.run()),
+                )
                 tasks.create_task(supervisor.run())
                 await stop.wait()
                 log.info("worker.draining", running=admission.running, waiting=admission.waiting)
@@ -141,8 +145,8 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
                 node.drain()
                 await asyncio.sleep(LEAVE_S)
                 await admission.idle()  # `mesh.runtime` bounds it with the drain deadline
-                renewing.cancel()
-                watching.cancel()
+                for task in background:
+                    task.cancel()
                 await supervisor.stop()
         finally:
             progress.close()

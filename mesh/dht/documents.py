@@ -17,11 +17,11 @@ from pathlib import Path
 
 import structlog
 
-from mesh.documents import Document, parse_document
+from mesh.documents import Document, document_key, parse_document
 from mesh.envelope import MAX_ENVELOPE_BYTES, signer_of
 from mesh.errors import Expired, MalformedEnvelope, NotYetValid, TrustError
 from mesh.identity import write_private
-from mesh.trust import Issuer, Trust
+from mesh.trust import KEYSET_KIND, Issuer, Trust, parse_keyset
 
 log = structlog.get_logger(__name__)
 
@@ -79,11 +79,14 @@ class DocumentStore:
         if self._directory is None or not self._directory.is_dir():
             return
         found: list[Document] = []
-        for path in sorted(self._directory.glob("*/*.doc")):
+        keysets = document_key(KEYSET_KIND, KEYSET_KIND).hex()
+        for path in sorted(self._directory.glob("*/*.doc"), key=lambda path: (path.parent.name != keysets, path)):
             try:
                 if path.stat().st_size > MAX_ENVELOPE_BYTES:
                     raise MalformedEnvelope("too large")
-                found.append(parse_document(path.read_bytes(), self._trust, now=now))
+                document = parse_document(path.read_bytes(), self._trust, now=now)
+                self._take_keyset(document)
+                found.append(document)
             except (OSError, TrustError) as error:
                 log.warning("directory.document_unreadable", path=str(path), error=str(error))
         for document in sorted(found, key=lambda document: document.seq):
@@ -132,7 +135,12 @@ class DocumentStore:
             return answer
         self._append(document)
         self._note(document, document.signed)
+        self._take_keyset(document)
         return Answer.ACCEPTED
+
+    def _take_keyset(self, document: Document) -> None:
+        if document.kind == KEYSET_KIND:
+            self._trust.update(parse_keyset(document.body, mesh_id=self._trust.mesh_id))
 
     def recheck(self, *, now: float) -> None:
         """The keyset has changed: what an issuer signed who is gone, or is another now, goes with it, and what was before it counts again.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ from mesh.dht.rpc import Request
 from mesh.dht.tasks import Tasks
 from mesh.documents import DIGEST_BYTES, Document, parse_document
 from mesh.envelope import MAX_ENVELOPE_BYTES
-from mesh.errors import BadSignature, DirectoryError, MalformedEnvelope, TrustError
+from mesh.errors import BadSignature, DirectoryError, DocumentConflict, MalformedEnvelope, TrustError
 from mesh.identity import Identity
 
 log = structlog.get_logger(__name__)
@@ -275,8 +275,8 @@ class Exchange:
     async def put(self, document: Document) -> int:
         """Store a new version with the nodes nearest to its key; returns how many have it.
 
-        Raises `TrustError` if it does not hold, `DirectoryError` if a majority does not take it: another version came first, or too few
-        holders can be reached.
+        Raises `TrustError` if it does not hold, `DocumentConflict` if another version came first, `DirectoryError` if too few holders can
+        be reached.
         """
         document = parse_document(document.signed, self._identity.trust, now=self._protocol.time.now())
         own = self._store.judge(document.key, document.seq, document.digest, document.previous)
@@ -316,6 +316,17 @@ class Exchange:
             return Answer(reply.bodies[0][0]) if reply is not None else None
         except (IndexError, ValueError, TypeError):
             return None
+
+    async def offer(self, document: Document, contacts: Iterable[Contact]) -> dict[bytes, Answer | None]:
+        """Offer a version to certain nodes, whatever they are nearest to; returns what each says of it, None for one that is silent.
+
+        Who has a newer one is asked for it.
+        """
+        nodes = list(contacts)
+        answers = await asyncio.gather(*(self._offer(contact, document, previous=None) for contact in nodes))
+        if Answer.STALE in answers:
+            await self.get(document.key)
+        return {contact.id: answer for contact, answer in zip(nodes, answers, strict=True)}
 
     async def get(self, key: bytes, *, seq: int = 0) -> Document | None:
         """The newest version (or version ``seq``) that verifies, of all that the nodes nearest to the key and we ourselves have.
@@ -403,8 +414,8 @@ class Exchange:
         )
 
 
-def _changed(document: Document) -> DirectoryError:
-    return DirectoryError(f"'{document.title}' has changed meanwhile: read it again, then write")
+def _changed(document: Document) -> DocumentConflict:
+    return DocumentConflict(f"'{document.title}' has changed meanwhile: read it again, then write")
 
 
 def _version_of(document: Document) -> Version:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import random
 import socket
 from collections import OrderedDict
@@ -185,6 +186,17 @@ class DhtNode:
         """Peers that fell out of the table and have not come back, and how many seconds ago."""
         now = self.clock.monotonic()
         return [(self._remembered[node_id], now - at) for node_id, at in self._lost.items() if node_id in self._remembered]
+
+    def contact_of(self, record: Record) -> Contact | None:
+        """Where a node answers datagrams: as it last did, else as its record says; None for one that is known by a DNS name alone."""
+        known = self.table.get(record.node_id) or self._remembered.get(record.node_id)
+        if known is not None or not record.addresses:
+            return known
+        host, port = split_host_port(record.addresses[0])
+        try:
+            return Contact(record.node_id, normalise(str(ipaddress.ip_address(host)), port))
+        except ValueError:
+            return None
 
     # looking up and storing
 

@@ -73,6 +73,14 @@ class PeersOwner(Protocol):
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None: ...
 
 
+class Board(Protocol):
+    """What passes documents on: `mesh.bulletin.Bulletin`."""
+
+    def on_up(self, link: Link) -> None: ...
+
+    def on_frame(self, link: Link, fields: dict[str, Any]) -> None: ...
+
+
 class Peers:
     """The links of one node. ``accept`` says which roles it links with, ``wants`` whom of those it dials; ``record`` gives its own newest
     record."""
@@ -92,6 +100,7 @@ class Peers:
         wants: Callable[[Record], bool] = lambda record: True,
     ) -> None:
         self.links: dict[bytes, Link] = {}
+        self.board: Board | None = None
         self._identity = identity
         self._tls = tls
         self._owner = owner
@@ -256,6 +265,8 @@ class Peers:
                 old.close("replaced by a newer link")
         log.info("link.up", peer=link.node_id.hex()[:12], role=str(record.role), dialled=link.dialled)
         self._owner.on_up(link, record)
+        if self.board is not None:
+            self.board.on_up(link)
 
     def on_control(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
         if self.links.get(link.node_id) is not link:
@@ -277,6 +288,9 @@ class Peers:
             if len(self._let_go_by) > _MAX_LET_GO_BY:
                 self._let_go_by.pop(next(iter(self._let_go_by)))
             self._owner.on_drain(link)
+        elif kind == Frame.DOCUMENT:
+            if self.board is not None:
+                self.board.on_frame(link, fields)
         else:
             self._owner.on_frame(link, kind, fields)
 

@@ -24,6 +24,7 @@ from mesh.records import Capability, ModelEntry, Record, State
 from mesh.trust import Role
 from proxy.app import App
 from proxy.config import ProxyConfig
+from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
@@ -35,6 +36,7 @@ from tests.support.answers import Answer, read_answer
 from tests.support.authority import TestMesh
 from tests.support.fake_engine import FakeEngine
 from tests.support.pipe import Owner, PipeTransport, connect, settle
+from tests.support.shelf import Shelf
 from worker.admission import Admission
 from worker.engine import ModelSpec, Task
 from worker.gateway import Gateway
@@ -153,6 +155,7 @@ class Front:
         self.config = ProxyConfig(home=folder, host="127.0.0.1", port=0, **settings)
         views = Views(self.fleet, Proxies(on_record=lambda record: None), directory, own=lambda: own, mesh="test", clock=self.clock)
         identity = mesh.identity(Role.PROXY, now=self.clock.wall())
+        self.shelf = Shelf(mesh.trust(), self.clock)
         self.app = App(
             self.config,
             gate=Gate(mesh.trust(), clock=self.clock),
@@ -161,6 +164,7 @@ class Front:
             explainer=Explainer(self.fleet, directory, views, identity=identity, clock=self.clock),
             metrics=self.metrics,
             rng=random.Random(1),
+            routes=DocumentRoutes(self.shelf, self.shelf.trust, clock=self.clock).routes(),
         )
         self.server = HttpServer(self.app, self.config)
         self.port = 0

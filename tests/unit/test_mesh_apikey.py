@@ -29,6 +29,7 @@ from mesh.apikey import (
 from mesh.apikey import _checksum as checksum
 from mesh.envelope import seal
 from mesh.errors import BadSignature, Expired, MalformedEnvelope, NotYetValid, TrustError, UnknownSigner, UsageError
+from mesh.scope import Scope
 from mesh.trust import Issuer, Purpose, Trust, key_id, parse_keyset, raw_public_key, seal_keyset
 from tests.support import vectors
 from tests.support.authority import make_mesh
@@ -225,7 +226,7 @@ def delegated(**scope: Any) -> Trust:
         may=frozenset({Purpose.KEY}),
         not_before=NOW,
         expires=NOW + 1e7,
-        **scope,
+        scope=Scope(**scope),
     )
     signed_keyset = seal_keyset(root, name="t", seq=1, issued=NOW, issuers=[entry])
     return Trust(parse_keyset(signed_keyset, mesh_id=key_id(raw_public_key(root.public_key()))))

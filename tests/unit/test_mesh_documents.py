@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,6 +17,7 @@ from mesh.dht.documents import PROJECT_ROOM, Answer, DocumentStore, write_files
 from mesh.documents import DOCUMENT_DOMAIN, MAX_BODY_BYTES, Document, document_key, next_version, parse_document, seal_document
 from mesh.envelope import seal
 from mesh.errors import BadSignature, MalformedEnvelope, NotYetValid, TrustError, UnknownSigner
+from mesh.scope import Scope
 from mesh.trust import Issuer, Keyset, Purpose, Trust, parse_keyset, raw_public_key, seal_keyset
 from tests.support import vectors
 from tests.support.records import NOW, Scribe
@@ -92,14 +94,14 @@ def test_a_document_from_the_future_has_to_wait() -> None:
 @pytest.mark.parametrize(
     ("scope", "project", "holds"),
     [
-        ({"projects": frozenset({"acme"})}, "acme", True),
-        ({"projects": frozenset({"acme"})}, "globex", False),
-        ({"projects": frozenset({"acme"})}, "", False),
-        ({"models": frozenset({"qwen3-8b"})}, "acme", False),
+        ({"scope": Scope(projects=frozenset({"acme"}))}, "acme", True),
+        ({"scope": Scope(projects=frozenset({"acme"}))}, "globex", False),
+        ({"scope": Scope(projects=frozenset({"acme"}))}, "", False),
+        ({"scope": Scope(models=frozenset({"qwen3-8b"}))}, "acme", False),
         ({"node_roles": frozenset({"worker"})}, "", True),
     ],
 )
-def test_a_restricted_issuer_signs_for_its_projects_and_nothing_else(scope: dict[str, frozenset[str]], project: str, holds: bool) -> None:
+def test_a_restricted_issuer_signs_for_its_projects_and_nothing_else(scope: dict[str, Any], project: str, holds: bool) -> None:
     mesh, key = SCRIBE.mesh, Ed25519PrivateKey.generate()
     issuer = Issuer(
         kid="some", public_key=raw_public_key(key.public_key()), may=frozenset({Purpose.DOCUMENT}), not_before=0, expires=NOW * 2, **scope

@@ -48,6 +48,7 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "project": "search",
         "key": bytes(range(8)),
     }
+    entry = {"kind": "limits", "name": "default", "seq": 3, "dig": bytes(range(32)), "size": 417}
     refusal = encode_error(Overloaded("This worker is full", retry_after_s=1.0))
     event = b'data: {"choices":[{"index":0,"delta":{"content":" t1"}}]}\n\n'
     controls: dict[str, tuple[Frame, int, dict[str, Any]]] = {
@@ -70,6 +71,9 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "head of a stream that cannot move": (Frame.HEAD, 9, {"status": 200, "type": "text/event-stream", "fixed": "tools"}),
         "prefixes, all": (Frame.PREFIX, 0, {"new": True, "add": bytes(range(16))}),
         "prefixes, a change": (Frame.PREFIX, 0, {"add": bytes(range(16, 24)), "del": bytes(range(8))}),
+        "a document": (Frame.DOCUMENT, 0, {"doc": bytes.fromhex(vectors.read("envelope.json")["envelope"])}),
+        "documents that are held": (Frame.DOCUMENT, 0, {"have": [entry, entry | {"proj": "search"}], "close": True}),
+        "a document that is wanted": (Frame.DOCUMENT, 0, {"want": [entry]}),
     }
     raw = {
         "data": (Frame.DATA, 1, encode_frame(Frame.DATA, 1, event)),
@@ -89,9 +93,18 @@ def build_vectors() -> list[dict[str, Any]]:
         vector: dict[str, Any] = {"name": name, "type": kind.name, "number": int(kind), "stream": stream, "frame": frame.hex()}
         if kind not in (Frame.DATA, Frame.TOKENS, Frame.CREDIT, Frame.CANCEL, Frame.PING, Frame.PONG):
             fields = parse_control(payload)
-            vector["fields"] = {key: {"hex": value.hex()} if isinstance(value, bytes) else value for key, value in fields.items()}
+            vector["fields"] = readable(fields)
         built.append(vector)
     return built
+
+
+def readable(value: Any) -> Any:
+    """As JSON can hold it."""
+    if isinstance(value, bytes):
+        return {"hex": value.hex()}
+    if isinstance(value, dict):
+        return {key: readable(item) for key, item in value.items()}
+    return [readable(item) for item in value] if isinstance(value, list) else value
 
 
 def read_all(data: bytes, pieces: list[bytes] | None = None) -> list[tuple[int, int, bytes]]:

@@ -8,6 +8,7 @@ import pytest
 
 from mesh.envelope import seal
 from mesh.errors import BadSignature, Expired, MalformedEnvelope, NotYetValid, TrustError, UnknownSigner, WrongMesh
+from mesh.scope import Scope
 from mesh.trust import (
     KEYSET_DOMAIN,
     Issuer,
@@ -31,10 +32,9 @@ ALICES = Issuer(
     may=frozenset({Purpose.KEY}),
     not_before=NOW,
     expires=NOW + 100.0,
-    projects=frozenset({"search"}),
-    models=frozenset(),
+    scope=Scope(projects=frozenset({"search"}), models=frozenset()),
 )
-BOBS = replace(ALICES, kid="bob", public_key=raw_public_key(BOB.public_key()), may=frozenset({Purpose.NODE}), projects=None)
+BOBS = replace(ALICES, kid="bob", public_key=raw_public_key(BOB.public_key()), may=frozenset({Purpose.NODE}), scope=Scope())
 
 
 def keyset(*issuers: Issuer, seq: int = 1) -> bytes:
