@@ -35,7 +35,7 @@ from worker.admission import Admission, Priority
 from worker.engine import ModelSpec, Task
 from worker.prefill import Prefill, Prompt, Work
 from worker.pulse import Pulse
-from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, prepare_body, read_answer
+from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, engine_failure, prepare_body, read_answer
 
 log = structlog.get_logger(__name__)
 
@@ -234,7 +234,11 @@ class Gateway:
                 begin()
                 if not stream.send_now(whole):
                     await self._send(stream, whole)
+            if events.failure is not None:
+                break
         rest = events.close()
+        if events.failure is not None:
+            raise self._failed(events.failure)
         if not events.complete:
             self._engine.suspect()
             raise EngineUnavailable("The worker's engine ended its answer in the middle")
@@ -255,6 +259,8 @@ class Gateway:
         usage, answer = read_answer(body)
         if answer is None:
             raise EngineUnavailable("The worker's engine sent an answer that is not JSON")
+        if answer.failed:
+            raise self._failed(body)
         on_first()
         stream.send_head({"status": 200, "type": "application/json", "length": len(body)})
         for at in range(0, len(body), MAX_PAYLOAD_BYTES):
@@ -268,6 +274,13 @@ class Gateway:
             await stream.send(data)
         finally:
             self.pulse.held -= 1
+
+    def _failed(self, said: bytes) -> MeshError:
+        """The engine says, under a status of 200, that it gave up."""
+        error = engine_failure(said)
+        if isinstance(error, EngineUnavailable):
+            self._engine.suspect()
+        return error
 
     async def _report_progress(self, stream: IncomingStream) -> None:
         """Until the first byte: tell the proxy, once a second, that the engine makes steps."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from mesh.errors import InvalidRequest
+from mesh.errors import EngineUnavailable, InvalidRequest, MeshError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +103,9 @@ def _rewritten(body: bytes | bytearray, engine_model: str | None, options: dict[
     return msgspec.json.encode(fields)
 
 
+_ABSENT = msgspec.Raw()
+
+
 class _Details(msgspec.Struct):
     cached_tokens: int | float | None = None
 
@@ -125,20 +128,34 @@ class _Answer(msgspec.Struct):
     response: _Inner | None = None
     choices: list[msgspec.Raw] | None = None
     type: str | None = None
+    object: str | None = None
+    error: msgspec.Raw = _ABSENT
+
+    @property
+    def failed(self) -> bool:
+        """Whether it says that the engine gave up: ``error`` beside or instead of an answer, or the Responses API's event of that type."""
+        if self.object == "response":
+            return False  # its ``status`` says so, and whoever asked for one reads that
+        return bytes(self.error) not in (b"", b"null") or self.type == "error"
 
 
+class _Bare(msgspec.Struct):
+    error: msgspec.Raw = _ABSENT
+
+
+_decode_bare = msgspec.json.Decoder(_Bare).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 def read_answer(data: bytes) -> tuple[Usage | None, _Answer | None]:
     """Usage in an answer or event of the engine, and the answer's outline; None where there is none or it is not JSON.
 
-    JSON of an unusual shape has an empty outline.
+    JSON of an unusual shape has an empty outline, but for its ``error``.
     """
     try:
         answer = _decode_answer(data)
     except msgspec.ValidationError:
-        return None, _Answer() if _is_json(data) else None
+        return None, _odd_answer(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None, None
     fields = answer.usage or (answer.response.usage if answer.response is not None else None)
@@ -151,6 +168,16 @@ def read_answer(data: bytes) -> tuple[Usage | None, _Answer | None]:
         cached=_count(details.cached_tokens if details is not None else None),
     )
     return usage, answer
+
+
+def _odd_answer(data: bytes) -> _Answer | None:
+    """What can be said of an answer whose fields have odd types; None of what is not JSON."""
+    try:
+        return _Answer(error=_decode_bare(data).error)
+    except msgspec.ValidationError:
+        return _Answer() if _is_json(data) else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _is_json(data: bytes) -> bool:
@@ -177,13 +204,15 @@ class EventStream:
     def __init__(self, *, show_usage: bool) -> None:
         self.usage = Usage()
         self.complete = False
+        self.failure: bytes | None = None
+        """The event in which the engine said that it gave up. It is not passed on, nor is anything after it."""
         self._show_usage = show_usage
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         """Raises `ValueError` if one event grows beyond `MAX_EVENT_BYTES`."""
         whole = data if not self._rest and data.endswith(b"\n\n") else self._cut(data)
-        if b'"usage"' not in whole and b"[DONE]" not in whole and b"response." not in whole:
+        if b'"usage"' not in whole and b"[DONE]" not in whole and b"response." not in whole and b'"error"' not in whole:
             return whole
         return self._look(whole)
 
@@ -217,6 +246,8 @@ class EventStream:
         for event in whole.replace(b"\r\n", b"\n").split(b"\n\n"):
             if event and self._keep(event):
                 kept.append(event)
+            if self.failure is not None:
+                break
         return b"\n\n".join([*kept, b""]) if kept else b""
 
     def _keep(self, event: bytes) -> bool:
@@ -229,9 +260,27 @@ class EventStream:
             self.usage = usage
         if answer is None:
             return True
+        if answer.failed:
+            self.failure, self.complete = data, False
+            return False
         if answer.type in ("response.completed", "response.failed", "response.incomplete"):
             self.complete = True
         return self._show_usage or usage is None or answer.choices != []
+
+
+def engine_failure(said: bytes) -> MeshError:
+    """What an engine's own word that it gave up, in an answer it had begun, is to the client: its mistake or the engine's."""
+    try:
+        parsed: Any = msgspec.json.decode(said)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        parsed = None
+    found = parsed.get("error") if isinstance(parsed, dict) else None
+    code = found.get("code") if isinstance(found, dict) else None
+    status = code if type(code) is int and 400 <= code < 600 else 500
+    complaint = engine_complaint(said, status)
+    if status < 500 and status != 429:
+        return InvalidRequest(complaint)
+    return EngineUnavailable(f"The worker's engine gave up in the middle of its answer: {complaint[:500]}")
 
 
 def engine_complaint(body: bytes, status: int) -> str:

@@ -905,7 +905,7 @@ async def test_engine_that_dribbles_bytes_is_read_right(front: Front) -> None:
         assert not any(event.get("usage") for event in answer.events()[:-1])
 
 
-@pytest.mark.parametrize("mode", [Mode.CUT, Mode.END, Mode.GARBAGE, Mode.GIANT_LINE])
+@pytest.mark.parametrize("mode", [Mode.CUT, Mode.END, Mode.GARBAGE, Mode.GIANT_LINE, Mode.ERROR_EVENT])
 @pytest.mark.parametrize("after_tokens", [0, 2])
 async def test_engine_that_breaks_in_a_stream_is_an_error_event_or_another_worker(front: Front, mode: Mode, after_tokens: int) -> None:
     async with FakeEngine() as engine, front.gateway(engine) as (worker, _):

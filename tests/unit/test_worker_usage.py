@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.errors import InvalidRequest
-from worker.usage import EventStream, Usage, engine_complaint, prepare_body, read_answer
+from mesh.errors import EngineUnavailable, InvalidRequest
+from worker.usage import EventStream, Usage, engine_complaint, engine_failure, prepare_body, read_answer
 
 
 def event(data: Any) -> bytes:
@@ -300,3 +300,64 @@ def test_null_stream_options_are_replaced_and_not_doubled() -> None:
     prepared = prepare_body(b'{"model": "m", "stream_options": null, "stream": true}', task="chat", engine_model=None)
     assert prepared.body.count(b"stream_options") == 1
     assert json.loads(prepared.body)["stream_options"] == {"include_usage": True}
+
+
+# -- an engine that gives up
+
+
+GAVE_UP = b'data: {"error": {"message": "the engine died", "type": "x", "code": 500}}\n\n'
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        GAVE_UP,
+        GAVE_UP.replace(b"\n", b"\r\n"),
+        b'data: {"error": "out of memory"}\n\n',
+        b'event: error\ndata: {"type": "error", "message": "x"}\n\n',
+        b'data: {"choices": 5, "error": {}}\n\n',
+        b'data: {"choices": [], "usage": {"prompt_tokens": 1}, "error": true}\n\n',
+    ],
+)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_error_event_is_a_failure_whatever_follows_it(event: bytes, size: int) -> None:
+    token = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'
+    data, said = token + event + token + b"data: [DONE]\n\n", b""
+    stream = EventStream(show_usage=True)
+    for at in range(0, len(data), size):
+        said += stream.feed(data[at : at + size])
+        if stream.failure is not None:
+            break
+    assert stream.failure is not None
+    assert not stream.complete
+    assert said == token
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"choices": [{"delta": {"content": "an \\"error\\" of mine"}}], "usage": null}\n\n',
+        b'data: {"choices": [{"delta": {"content": "error"}}], "error": null}\n\n',
+        b'data: {"choices": [{"delta": {"tool_calls": [{"error": 1}]}}]}\n\n',
+        b'data: {"type": "response.failed", "response": {"error": {"message": "x"}}}\n\n',
+    ],
+)
+def test_talk_of_errors_is_none(event: bytes) -> None:
+    stream = EventStream(show_usage=True)
+    assert stream.feed(event) == event
+    assert stream.failure is None
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (b'{"error": {"message": "too long", "code": 400}}', InvalidRequest),
+        (b'{"error": {"message": "slow down", "code": 429}}', EngineUnavailable),
+        (b'{"error": {"message": "x", "code": "bad"}}', EngineUnavailable),
+        (b'{"error": "out of memory"}', EngineUnavailable),
+        (b'{"error": []}', EngineUnavailable),
+        (b"not json", EngineUnavailable),
+    ],
+)
+def test_failure_is_the_clients_or_the_engines(said: bytes, kind: type[Exception]) -> None:
+    assert type(engine_failure(said)) is kind
