@@ -15,6 +15,7 @@
     ├── RequestError                a request cannot be served; the client did it
     │   ├── InvalidRequest          the body or a parameter is wrong
     │   ├── BodyTooLarge
+    │   ├── DeadlineExceeded        it took longer than the client allowed
     │   ├── HeadersTooLarge
     │   ├── SlowRequest             it did not arrive in time
     │   ├── InvalidKey              no key, or one that does not hold
@@ -148,6 +149,12 @@ class InvalidRequest(RequestError):
     """The request is malformed."""
 
     code = "invalid_request"
+
+
+class DeadlineExceeded(RequestError):
+    """The answer took longer than the request allowed."""
+
+    code = "deadline_exceeded"
 
 
 class BodyTooLarge(RequestError):

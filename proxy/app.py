@@ -18,6 +18,7 @@ from aiohttp import web
 
 from mesh.apikey import ApiKey, KeyRole
 from mesh.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     MeshError,
     MethodNotAllowed,
@@ -36,9 +37,9 @@ from proxy.fleet import Fleet, Worker
 from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
 from proxy.metrics import Metrics
-from proxy.openai import TASKS, Call, model_list, model_object, parse_call
+from proxy.openai import TASKS, Call, model_list, model_object, parse_call, timeout_of
 from proxy.respond import error_response
-from proxy.retry import RetryPolicy, counts_against_worker
+from proxy.retry import RetryBudget, RetryPolicy, counts_against_worker, spends
 from proxy.route import Plan, Router
 from proxy.views import Views
 
@@ -74,6 +75,7 @@ class App:
         self._rng = rng
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
+        self._budget = metrics.budget = RetryBudget(config.retry_share)
         self.bodies = Bodies(most_bytes=config.max_body_bytes, room_bytes=config.max_bodies_bytes, patience_s=config.body_timeout_s)
         self._attempts: set[Attempt] = set()
         self._created = int(time.time())
@@ -256,6 +258,10 @@ class App:
             raise ConnectionResetError
         downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
         plan = self._router.plan(call, key.project, request.headers.get)
+        now = asyncio.get_running_loop().time()
+        self._budget.request(now)
+        if timeout_s := timeout_of(request.headers.get("x-request-timeout"), self._config.deadline_s):
+            plan.deadline = now + timeout_s
         failed = refused = 0
         last: MeshError | None = None
         while True:
@@ -280,7 +286,7 @@ class App:
                     downstream.break_off(error)
                     raise _BrokenOff(error, downstream.response()) from error
                 refused += isinstance(error, Overloaded)
-                if not self._retry.again(error, failed=failed, refused=refused, started=False):
+                if not self._may_retry(error, failed=failed, refused=refused):
                     self._fleet.blame(plan.failures, answered=False)
                     raise
                 log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)
@@ -292,6 +298,11 @@ class App:
                 if plan.failures:
                     self._fleet.blame(plan.failures, answered=True)
                 return downstream.response()
+
+    def _may_retry(self, error: MeshError, *, failed: int, refused: int) -> bool:
+        if not self._retry.again(error, failed=failed, refused=refused, started=False):
+            return False
+        return not spends(error) or self._budget.take(asyncio.get_running_loop().time())
 
     async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey) -> None:
         now = self._loop.time()
@@ -312,6 +323,10 @@ class App:
         }
         if plan.chain or plan.priority:
             head |= plan.head()
+        timer = None
+        if plan.deadline:
+            head["dl"] = max(1, round((plan.deadline - now) * 1000))
+            timer = asyncio.get_running_loop().call_at(plan.deadline, attempt.fail, DeadlineExceeded())
         attempt.may_move = not plan.failures and plan.choice is not None and plan.choice.of > 1
         worker.in_flight += 1
         self._attempts.add(attempt)
@@ -321,6 +336,8 @@ class App:
         finally:
             worker.in_flight -= 1
             self._attempts.discard(attempt)
+            if timer is not None:
+                timer.cancel()
             if on_trial:
                 self._fleet.end_trial(worker)
         worker.served += 1

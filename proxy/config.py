@@ -12,6 +12,7 @@ from mesh.neighbours import LINKED_WORKERS
 from mesh.settings import setting
 from mesh.trust import Role
 from proxy.choose import POLICIES
+from proxy.openai import MOST_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,14 @@ class ProxyConfig(NodeConfig):
         LINKED_WORKERS, metavar="N", help="Workers linked with where the mesh has more; proxies share them out. 0: all of them."
     )
     retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
+    retry_share: float = setting(
+        0.2, metavar="SHARE", help="Retries over requests, at most, within 10 s; 64 are always allowed, and so are those whose worker died."
+    )
+    deadline_s: float = setting(
+        0.0,
+        metavar="TIME",
+        help="How long a whole answer may take where its request does not say (x-request-timeout); 0: as long as it takes.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,3 +78,5 @@ class ProxyConfig(NodeConfig):
         self.require(self.first_byte_timeout_s > 0, "first_byte_timeout_s", "must be more than zero")
         self.require(self.linked_workers >= 0, "linked_workers", "must not be negative")
         self.require(0 <= self.retry_limit <= 10, "retry_limit", "must be from 0 to 10")
+        self.require(0 <= self.retry_share <= 1, "retry_share", "must be from 0 to 1")
+        self.require(0 <= self.deadline_s <= MOST_TIMEOUT_S, "deadline_s", "must be at most 1d")

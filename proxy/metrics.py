@@ -16,6 +16,7 @@ from proxy.choose import REASONS
 from proxy.directory_metrics import DirectoryCollector
 from proxy.fleet import STANDINGS, Fleet, Worker
 from proxy.health import Cause
+from proxy.retry import RetryBudget
 from proxy.tally import Count, Counts, Spread, Spreads
 
 
@@ -39,6 +40,8 @@ class Metrics:
         self.choices = dict.fromkeys(REASONS, 0)
         self.cached_tokens = {"expected": 0, "counted": 0}
         self.rerouted = 0
+        self.budget = RetryBudget(0.0)
+        """The application's own, once it has one."""
         self.registry.register(_FleetCollector(fleet))
         self.registry.register(_RoutingCollector(self, fleet))
         self.registry.register(DirectoryCollector(directory, lookups or Durations(), record_ages))
@@ -77,6 +80,8 @@ class _RoutingCollector(Collector):
         yield cached
         rerouted = "Requests sent back by a worker that had more to do than was known."
         yield CounterMetricFamily("infermesh_rerouted", rerouted, value=self._metrics.rerouted)
+        text = "Failed attempts that were not tried elsewhere, because too many were."
+        yield CounterMetricFamily("infermesh_retries_refused", text, value=self._metrics.budget.refused)
         yield GaugeMetricFamily(
             "infermesh_prefix_hashes", "Different prefixes known to be held by workers.", value=len(self._fleet.prefixes)
         )

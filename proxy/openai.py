@@ -6,6 +6,7 @@ msgspec, which skips over the fields that are not asked for, so twenty megabytes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ TASKS = {
 """Inference routes by path: which task a worker must serve."""
 PRIORITIES = ("interactive", "standard", "batch")
 """As clients name them, the most urgent first."""
+MOST_TIMEOUT_S = 86_400
 SHORT_BYTES = 2 * BLOCK_BYTES
 """A body up to this length has a prompt of at most 256 tokens or so: some milliseconds of a GPU, and not worth the microseconds here."""
 
@@ -164,6 +166,21 @@ def priority_of(call: Call, header: str | None) -> int:
         except ValueError:
             raise InvalidRequest(f"'x-priority' must be one of {', '.join(PRIORITIES)}", param="x-priority") from None
     return PRIORITIES.index("batch") if bytes(call.parsed.service_tier) == b'"flex"' else 0
+
+
+_SECONDS = re.compile(r"[0-9]{1,5}(?:\.[0-9]{1,6})?")
+
+
+def timeout_of(header: str | None, default_s: float) -> float:
+    """Seconds the whole answer may take, by ``x-request-timeout``; 0 for no limit. Raises `InvalidRequest`."""
+    if header is None:
+        return default_s
+    match = _SECONDS.fullmatch(header.strip())
+    if match is None or not 0 < (asked_s := float(match[0])) <= MOST_TIMEOUT_S:
+        raise InvalidRequest(
+            f"'x-request-timeout' is a number of seconds, more than 0 and at most {MOST_TIMEOUT_S}", param="x-request-timeout"
+        )
+    return asked_s
 
 
 def error_body(error: MeshError, *, kind: str, code: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from aiohttp import web
 from mesh.errors import (
     BodyTooLarge,
     CapacityError,
+    DeadlineExceeded,
     DirectoryError,
     DocumentConflict,
     DocumentNotFound,
@@ -45,6 +46,7 @@ STATUS: dict[type[MeshError], tuple[int, str]] = {
     DocumentConflict: (409, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     HeadersTooLarge: (431, "invalid_request_error"),
+    DeadlineExceeded: (504, "api_error"),
     RequestError: (400, "invalid_request_error"),
     RateLimited: (429, "rate_limit_error"),
     Overloaded: (429, "rate_limit_error"),

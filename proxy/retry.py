@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.errors import MeshError, Overloaded, UpstreamTimeout, WorkerError
+from mesh.errors import MeshError, Overloaded, UpstreamTimeout, WorkerError, WorkerLost
+
+WINDOW_S = 10
+FLOOR = 64
+"""Retries that are always allowed in a window: about what one engine has at work when it dies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,3 +39,44 @@ class RetryPolicy:
 def counts_against_worker(error: MeshError) -> bool:
     """Whether an error tells something bad about the worker that answered with it."""
     return isinstance(error, WorkerError)
+
+
+def spends(error: MeshError) -> bool:
+    """Whether trying again costs the mesh anything: a lost worker does no more work, so moving its requests adds none."""
+    return not isinstance(error, WorkerLost)
+
+
+class RetryBudget:
+    """At most ``share`` retries for each request of the last `WINDOW_S` seconds, or `FLOOR` if that is more.
+
+    When everything fails at once, requests then fail early instead of coming back several times over. Times are monotonic seconds.
+    """
+
+    __slots__ = ("_requests", "_retries", "_second", "_share", "refused")
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._second = 0
+        self._requests = [0] * WINDOW_S
+        self._retries = [0] * WINDOW_S
+        self.refused = 0
+
+    def request(self, now: float) -> None:
+        """One more request came."""
+        if int(now) != self._second:
+            self._turn(int(now))
+        self._requests[self._second % WINDOW_S] += 1
+
+    def take(self, now: float) -> bool:
+        """Whether one more retry is allowed; then it counts."""
+        self._turn(int(now))
+        if sum(self._retries) >= max(FLOOR, self._share * sum(self._requests)):
+            self.refused += 1
+            return False
+        self._retries[self._second % WINDOW_S] += 1
+        return True
+
+    def _turn(self, second: int) -> None:
+        for passed in range(max(self._second + 1, second - WINDOW_S + 1), second + 1):
+            self._requests[passed % WINDOW_S] = self._retries[passed % WINDOW_S] = 0
+        self._second = max(second, self._second)

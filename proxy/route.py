@@ -37,6 +37,7 @@ class Plan:
         "call",
         "chain",
         "choice",
+        "deadline",
         "expected",
         "failures",
         "header",
@@ -57,6 +58,8 @@ class Plan:
         self.tokens = 0
         self.expected = 0
         self.avoid: frozenset[bytes] = frozenset()
+        self.deadline = 0.0
+        """When nobody wants the answer any more, on the loop's clock; 0 for never."""
         self.failures: list[tuple[Worker, str]] = []
         self.reroutes = 0
         self.choice: Choice[Worker] | None = None

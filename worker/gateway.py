@@ -19,6 +19,7 @@ from mesh.claims import read_bool, read_bytes, read_int, read_str
 from mesh.clock import Clock
 from mesh.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     EngineUnavailable,
     InvalidRequest,
     MalformedEnvelope,
@@ -112,6 +113,8 @@ class Gateway:
         try:
             request = _Request(head)
             model = self._model(request)
+            if request.deadline_s:
+                self._expire_in(request.deadline_s, stream)
             self.admission.check(request.priority)  # before the body is read: a full worker need not take megabytes to say no
             if request.prompt is None:
                 await self._answer(stream, request, model, None)
@@ -130,6 +133,18 @@ class Gateway:
         except Exception:
             log.exception("request.crashed")
             stream.fail(WorkerError("The worker failed to handle this request"))
+
+    def _expire_in(self, deadline_s: float, stream: IncomingStream) -> None:
+        """End what this task serves when nobody wants it any more."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        def expire() -> None:
+            stream.fail(DeadlineExceeded())
+            task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(deadline_s, expire)
+        task.add_done_callback(lambda _: timer.cancel())
 
     async def _answer(self, stream: IncomingStream, request: _Request, model: ModelSpec, work: Work | None) -> Usage:
         async with asyncio.timeout(BODY_DEADLINE_S):
@@ -293,7 +308,7 @@ class Gateway:
 class _Request:
     """The fields of an OPEN frame, checked. Raises `ProtocolError`."""
 
-    __slots__ = ("cost", "id", "model", "priority", "project", "prompt", "size", "task")
+    __slots__ = ("cost", "deadline_s", "id", "model", "priority", "project", "prompt", "size", "task")
 
     def __init__(self, head: Mapping[str, Any]) -> None:
         try:
@@ -304,6 +319,7 @@ class _Request:
             self.project = read_str(head, "project", default="")
             self.priority = Priority(read_int(head, "pri", default=0, high=max(Priority)))
             self.prompt = _prompt(head) if "pfx" in head else None
+            self.deadline_s = read_int(head, "dl", low=1, high=86_400_000) / 1000 if "dl" in head else 0.0
         except (MalformedEnvelope, ValueError) as error:
             raise ProtocolError(f"bad OPEN: {error}") from None
         self.cost = min(MAX_COST, 1 + self.size / COST_BYTES)

@@ -8,6 +8,7 @@ from typing import Any
 from mesh.claims import read_number, read_str
 from mesh.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     EngineUnavailable,
     InvalidRequest,
     MalformedEnvelope,
@@ -25,6 +26,7 @@ _KINDS: dict[str, type[MeshError]] = {
     kind.code: kind
     for kind in (
         BodyTooLarge,
+        DeadlineExceeded,
         EngineUnavailable,
         InvalidRequest,
         ModelNotFound,

@@ -30,6 +30,7 @@ from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream
 from mesh.records import ModelEntry, State
 from proxy import server as server_module
+from proxy.retry import FLOOR
 from tests.support.answers import Answer, assert_openai_error
 from tests.support.authority import make_mesh
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode, answer_to
@@ -1042,3 +1043,58 @@ async def test_plain_http_to_a_tls_port_is_not_answered(make: Make, tmp_path: Pa
     wire = await front.connect()
     await wire.send(post(CHAT, chat(), front.key()))
     assert b"HTTP/1.1" not in await wire.end()
+
+
+# -- deadlines, and how much is tried again
+
+
+async def test_request_timeout_travels_to_the_worker_and_ends_the_wait(front: Front) -> None:
+    worker = await front.worker(whole)
+    assert (await ask(front)).status == 200
+    assert "dl" not in worker.heads[0]
+    worker.serve = silent
+    answer = await ask(front, x_request_timeout="0.2")
+    assert_openai_error(answer, 504, "deadline_exceeded", kind="api_error")
+    assert 0 < worker.heads[1]["dl"] <= 200
+    await worker.until(lambda: worker.cancelled == 1)
+
+
+async def test_stream_that_outlasts_its_deadline_says_so_and_is_cut_short(make: Make) -> None:
+    front = await make(deadline_s=0.3)
+    worker = await front.worker(begins)
+    answer = await ask(front, body=chat(stream=True))
+    assert not answer.complete
+    assert answer.events()[-1]["error"]["code"] == "deadline_exceeded"
+    await worker.until(lambda: worker.cancelled == 1)
+    assert front.fleet.workers[worker.record.node_id].failed == 0, "it is not held against the worker"
+
+
+@pytest.mark.parametrize("odd", ["0", "-1", "soon", "1e3", "86401", "nan", "1.2.3", "0x10"])
+async def test_odd_request_timeout_is_refused(front: Front, odd: str) -> None:
+    await front.worker(whole)
+    assert_openai_error(await ask(front, x_request_timeout=odd), 400, "invalid_request", param="x-request-timeout")
+
+
+async def test_only_so_many_requests_are_tried_again_when_everything_fails(make: Make) -> None:
+    front = await make(retry_share=0.0)
+    workers = [await front.worker(failing(EngineUnavailable("broken"))) for _ in range(3)]
+    for _ in range(60):
+        assert (await ask(front)).status == 502
+    asked = sum(len(worker.heads) for worker in workers)
+    assert asked == 60 + FLOOR
+    assert "infermesh_retries_refused_total 28.0" in front.metrics.render().decode()
+
+
+async def test_requests_of_a_worker_whose_engine_stands_still_run_elsewhere(front: Front) -> None:
+    stuck = await front.worker(silent, name="stuck")
+    asking = [asyncio.create_task(ask(front)) for _ in range(5)]
+    await stuck.until(lambda: len(stuck.heads) == 5)
+    saviour = await front.worker(whole, name="saviour")
+    for attempt in front.app._attempts:
+        attempt.may_move = True  # as if there had been a choice
+    stuck.link.send_control(Frame.LOAD, {"run": 5, "wait": 0, "yours": 5, "stuck": True})
+    answers = await asyncio.gather(*asking)
+    assert all(answer.status == 200 and answer.complete for answer in answers)
+    assert len(saviour.heads) == 5
+    assert (await ask(front)).status == 200
+    assert len(stuck.heads) == 5, "and it gets nothing more"

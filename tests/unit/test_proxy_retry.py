@@ -6,6 +6,7 @@ import pytest
 
 from mesh.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     EngineUnavailable,
     InvalidRequest,
     MeshError,
@@ -19,7 +20,7 @@ from mesh.errors import (
     WorkerLost,
 )
 from proxy.respond import status_of
-from proxy.retry import RetryPolicy, counts_against_worker
+from proxy.retry import FLOOR, WINDOW_S, RetryBudget, RetryPolicy, counts_against_worker, spends
 
 POLICY = RetryPolicy(failures=3)
 FAILURES = [WorkerError, WorkerLost, EngineUnavailable, ProtocolError]
@@ -61,3 +62,56 @@ def test_no_worker_is_final() -> None:
 def test_a_mesh_full_of_full_workers_is_not_asked_to_the_last() -> None:
     asked = [POLICY.again(Overloaded("full"), failed=0, refused=refused, started=False) for refused in range(1, 12)]
     assert asked == [True] * 7 + [False] * 4
+
+
+# -- the budget
+
+
+def retries(budget: RetryBudget, *, now: float, most: int = 10_000) -> int:
+    return sum(budget.take(now) for _ in range(most))
+
+
+def test_a_fifth_of_the_requests_may_be_tried_again() -> None:
+    budget = RetryBudget(0.2)
+    for _ in range(1_000):
+        budget.request(5.5)
+    assert retries(budget, now=5.9) == 200
+    assert budget.refused == 10_000 - 200
+
+
+def test_a_few_are_always_allowed_and_come_back_with_time() -> None:
+    budget = RetryBudget(0.2)
+    assert retries(budget, now=100.0) == FLOOR
+    assert retries(budget, now=100.0 + WINDOW_S - 1) == 0
+    assert retries(budget, now=100.0 + WINDOW_S) == FLOOR
+    assert retries(budget, now=1e9) == FLOOR
+
+
+def test_what_is_long_ago_does_not_count() -> None:
+    budget = RetryBudget(0.5)
+    for second in range(20):
+        for _ in range(100):
+            budget.request(float(second))
+    assert retries(budget, now=19.0) == 500
+    for second in range(20, 30):
+        budget.request(float(second))
+        assert retries(budget, now=float(second)) == (0 if second < 29 else FLOOR)
+
+
+def test_budget_of_nothing_still_allows_a_few_and_a_clock_that_stands_does_no_harm() -> None:
+    budget = RetryBudget(0.0)
+    budget.request(50.0)
+    budget.request(49.0)
+    assert retries(budget, now=49.0) == FLOOR
+
+
+def test_moving_from_a_dead_worker_costs_nothing() -> None:
+    assert not spends(WorkerLost("x"))
+    assert spends(EngineUnavailable("x"))
+    assert spends(Overloaded("x"))
+
+
+def test_deadline_is_final_and_nobodys_fault() -> None:
+    assert not POLICY.again(DeadlineExceeded(), failed=0, started=False)
+    assert not counts_against_worker(DeadlineExceeded())
+    assert status_of(DeadlineExceeded())[0] == 504

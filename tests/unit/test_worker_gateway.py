@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     EngineUnavailable,
     InvalidRequest,
     MeshError,
@@ -626,3 +627,25 @@ async def test_engine_that_was_given_up_fails_every_request_at_once_so_that_they
         assert isinstance(error, EngineUnavailable)
         assert "no step" in error.message
     assert (at.admission.running, at.admission.waiting, at.gateway._tasks) == (0, 0, {})
+
+
+# -- deadlines
+
+
+async def test_request_whose_deadline_passes_ends_at_the_engine_too(stage: Open) -> None:
+    at = stage(Reply([EVENT, None], content_type=STREAM), limit=1)
+    running = await at.ask(CHAT | {"stream": True}, dl=500)
+    waiting = await at.ask(dl=1)
+    while at.gateway._tasks:
+        await asyncio.sleep(0.01)
+    await at.settle()
+    for sink in (running, waiting):
+        assert isinstance(failure(sink), DeadlineExceeded)
+    assert at.session.closed == 1
+    assert (at.admission.running, at.admission.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("dl", [0, -1, 1.5, "5", 86_400_001, True])
+async def test_odd_deadline_is_refused(stage: Open, dl: Any) -> None:
+    at = stage()
+    assert isinstance(failure(await at.ask(dl=dl)), ProtocolError)
