@@ -24,7 +24,7 @@ from mesh.clock import Clock
 from mesh.errors import ConfigError
 from mesh.identity import Identity
 from mesh.merkle import audit_path, leaf_hash, root_hash
-from mesh.receipts import Proof, Receipt, batch_digest, encode_receipt, seal_batch
+from mesh.receipts import Proof, Row, batch_digest, seal_batch
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +59,7 @@ START: Order = (-1, "", 0)
 class Entry(Protocol):
     """What can be added: a receipt, or something that becomes one when the thread gets to it."""
 
-    def receipt(self) -> Receipt: ...
+    def row(self) -> Row: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,10 +221,10 @@ class _Store:
         self._sign = sign
         self._clock = clock
         self._keep_s = keep_s
-        self._number = self._last = 0
+        self._number = self._last = self._newest = 0
         self._previous = b""
         self._unsure = False
-        self._leaves: list[tuple[int, bytes]] = []
+        self._leaves: list[bytes] = []
         try:
             path.touch(mode=0o600)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -253,19 +253,22 @@ class _Store:
         now = self._clock.monotonic()
         if self._unsure:
             self._load()
-        leaves, db = list(self._leaves), self._db
-        newest = leaves[-1][0] if leaves else self._last
+        leaves, newest, db = list(self._leaves), self._newest, self._db
         batch = None
         db.execute("BEGIN IMMEDIATE")
         try:
             if rows:
-                db.executemany("INSERT OR IGNORE INTO receipts (at, id, attempt, project, key, body) VALUES (?, ?, ?, ?, ?, ?)", rows)
-                added = db.execute("SELECT n, body FROM receipts WHERE n > ? ORDER BY n", (newest,))
-                leaves += [(n, leaf_hash(body)) for n, body in added]
+                added = db.executemany(
+                    "INSERT OR IGNORE INTO receipts (at, id, attempt, project, key, body) VALUES (?, ?, ?, ?, ?, ?)", rows
+                ).rowcount
+                bodies = [row[5] for row in rows]
+                if added < len(rows):
+                    bodies = [body for (body,) in db.execute("SELECT body FROM receipts WHERE n > ? ORDER BY n", (newest,))]
+                leaves += map(leaf_hash, bodies)
+                newest = db.execute("SELECT seq FROM sqlite_sequence").fetchone()[0]
             if leaves and (last or now - self._signed_at >= SIGN_EVERY_S):
-                root = root_hash([leaf for _, leaf in leaves])
-                batch = self._sign(self._number + 1, len(leaves), root, self._previous)
-                db.execute("INSERT INTO batches VALUES (?, ?, ?)", (self._number + 1, leaves[-1][0], batch))
+                batch = self._sign(self._number + 1, len(leaves), root_hash(leaves), self._previous)
+                db.execute("INSERT INTO batches VALUES (?, ?, ?)", (self._number + 1, newest, batch))
             if now - self._forgot_at >= FORGET_EVERY_S:
                 self._forget(now)
             db.execute("COMMIT")
@@ -274,9 +277,9 @@ class _Store:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-        self._leaves = leaves
+        self._leaves, self._newest = leaves, newest
         if batch is not None:
-            self._number, self._last, self._previous = self._number + 1, leaves[-1][0], batch_digest(batch)
+            self._number, self._last, self._previous = self._number + 1, newest, batch_digest(batch)
             self._leaves, self._signed_at = [], now
         return (0 if batch is None else 1), bool(self._leaves)
 
@@ -285,8 +288,10 @@ class _Store:
         newest = self._db.execute("SELECT number, last, signed FROM batches ORDER BY number DESC LIMIT 1").fetchone()
         self._number, self._last = newest[:2] if newest else (0, 0)
         self._previous = batch_digest(newest[2]) if newest else b""
-        rows = self._db.execute("SELECT n, body FROM receipts WHERE n > ? ORDER BY n", (self._last,))
-        self._leaves = [(n, leaf_hash(body)) for n, body in rows]
+        rows = self._db.execute("SELECT body FROM receipts WHERE n > ? ORDER BY n", (self._last,))
+        self._leaves = [leaf_hash(body) for (body,) in rows]
+        sequence = self._db.execute("SELECT seq FROM sqlite_sequence").fetchone()
+        self._newest = sequence[0] if sequence else 0
         self._unsure = False
 
     def _forget(self, now: float) -> None:
@@ -344,11 +349,10 @@ class _Store:
         return proofs
 
 
-def _row(entry: Entry) -> tuple[int, str, int, str, bytes, bytes] | None:
+def _row(entry: Entry) -> Row | None:
     """What is stored of an entry. One that cannot be written down is a fault in the program: said, and no reason to lose the others."""
     try:
-        receipt = entry.receipt()
-        return (receipt.at, receipt.id, receipt.attempt, receipt.project, receipt.key, encode_receipt(receipt))
+        return entry.row()
     except Exception:
         log.exception("ledger.bad_receipt")
         return None

@@ -10,11 +10,12 @@ none was taken out afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -34,6 +35,9 @@ MAX_BATCH_RECEIPTS = 1 << 20
 MAX_TOKENS = 10**9
 MAX_MS = 10**13
 """Of a moment or a stretch: the year 2286."""
+
+Row = tuple[int, str, int, str, bytes, bytes]
+"""``at``, ``id``, ``attempt``, ``project`` and ``key``, to find a receipt by, and its bytes."""
 
 _DIGEST = "sha256:"
 _pack = msgpack.Packer(use_bin_type=True).pack
@@ -86,9 +90,9 @@ class Receipt:
     own_count: bool = False
     final: bool = False
 
-    def receipt(self) -> Receipt:
-        """Itself: see `mesh.ledger.Entry`."""
-        return self
+    def row(self) -> Row:
+        """As a ledger keeps it."""
+        return (self.at, self.id, self.attempt, self.project, self.key, encode_receipt(self))
 
     @property
     def order(self) -> tuple[int, str, int]:
@@ -135,30 +139,27 @@ _COUNTS = (
 _FLAGS = (("own", "own_count"), ("fin", "final"))
 
 
+_SHORT = ("id", "n", "at", "peer", "key", *(short for short, *_ in (*_TEXTS, *_COUNTS, *_FLAGS)))
+_values_of = attrgetter("id", "attempt", "at", "peer", "key", *(name for _, name, *_ in (*_TEXTS, *_COUNTS, *_FLAGS)))
+
+
 def encode_receipt(receipt: Receipt) -> bytes:
-    """The bytes that are kept, hashed and sent."""
-    fields: dict[str, Any] = {"id": receipt.id, "n": receipt.attempt, "at": receipt.at}
+    """The bytes that are kept, hashed and sent. Numbers must be within the bounds that `parse_receipt` holds them to."""
+    fields = {short: value for short, value in zip(_SHORT, _values_of(receipt), strict=True) if value}
+    fields["n"], fields["at"] = receipt.attempt, receipt.at
     if receipt.side == Role.PROXY:
         fields["px"] = True
     if receipt.kind == Kind.UPTIME:
         fields["up"] = True
-    if receipt.peer:
-        fields["peer"] = receipt.peer
-    if receipt.key:
-        fields["key"] = receipt.key
     if receipt.status != "ok":
         fields["st"] = receipt.status
     if receipt.digest:
         fields["d"] = bytes.fromhex(receipt.digest.removeprefix(_DIGEST)) if receipt.digest.startswith(_DIGEST) else receipt.digest
-    for short, name, _ in _TEXTS:
-        if value := getattr(receipt, name):
-            fields[short] = value
-    for short, name, most in _COUNTS:
-        if number := getattr(receipt, name):
-            fields[short] = min(number, most)
-    for short, name in _FLAGS:
-        if getattr(receipt, name):
-            fields[short] = True
+    return pack_receipt(fields)
+
+
+def pack_receipt(fields: Mapping[str, Any]) -> bytes:
+    """For who writes the fields by their short names: see PROTOCOL.md."""
     packed: bytes = _pack(fields)
     return packed
 

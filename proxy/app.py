@@ -36,6 +36,7 @@ from proxy.explain import Explainer
 from proxy.fleet import Fleet, Worker
 from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
+from proxy.metering import Meter, Noted
 from proxy.metrics import Metrics
 from proxy.openai import TASKS, Call, model_list, model_object, parse_call, timeout_of
 from proxy.respond import error_response
@@ -65,6 +66,7 @@ class App:
         metrics: Metrics,
         rng: random.Random,
         routes: Routes | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._config = config
         self._gate = gate
@@ -73,6 +75,7 @@ class App:
         self._explainer = explainer
         self._metrics = metrics
         self._rng = rng
+        self._meter = meter or Meter(None)
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
         self._budget = metrics.budget = RetryBudget(config.retry_share)
@@ -173,8 +176,10 @@ class App:
 
     async def _ready(self, request: web.BaseRequest, request_id: str) -> web.Response:
         models = sorted(self._fleet.models())
-        ready = bool(models) and not self.draining
-        status = "draining" if self.draining else "ready" if ready else "no worker is ready"
+        full = self._meter.full
+        ready = bool(models) and not self.draining and not full
+        waits_for = "its disk: receipts cannot be written" if full else "no worker is ready"
+        status = "draining" if self.draining else "ready" if ready else waits_for
         return web.json_response(
             {"status": status, "models": len(models)}, status=200 if ready else 503, headers={"x-request-id": request_id}
         )
@@ -221,16 +226,19 @@ class App:
         task, model = TASKS[path], ""
         code = "cancelled"
         body: bytes | bytearray = b""
+        noted = self._meter.open(request_id, task, started)
         self._enter()
         try:
-            key = self._authenticate(request)
+            key = noted.key = self._authenticate(request)
+            self._meter.check()
             body = await self.bodies.read(request)
             call = parse_call(path, body)
+            noted.model = call.model
             self._gate.authorize(key, call.model)
             if not self._fleet.candidates(call.model, call.task):
                 raise self._nobody(call)
             model = call.model
-            response = await self._serve(request, request_id, key, call)
+            response = await self._serve(request, request_id, key, call, noted)
             code = "ok"
             return response
         except _BrokenOff as broken:
@@ -248,10 +256,12 @@ class App:
             self._leave()
             self.bodies.release(body)
             self._metrics.requests(model, task, code).inc()
+            ended = time.monotonic()
+            self._meter.close(noted, code, ended)
             if model:
-                self._metrics.duration(model).observe(time.monotonic() - started)
+                self._metrics.duration(model).observe(ended - started)
 
-    async def _serve(self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call) -> web.StreamResponse:
+    async def _serve(self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call, noted: Noted) -> web.StreamResponse:
         """Attempt after attempt until one succeeds, none is left, or the client has been given a byte."""
         transport = request.transport
         if transport is None:
@@ -271,7 +281,7 @@ class App:
                 raise last or self._nobody(call)
             worker = choice.worker
             try:
-                await self._attempt(plan, worker, downstream, request_id, key)
+                await self._attempt(plan, worker, downstream, request_id, key, noted)
             except MeshError as error:
                 if isinstance(error, Rerouted) and not downstream.started and self._router.rerouted(plan):
                     continue
@@ -304,7 +314,7 @@ class App:
             return False
         return not spends(error) or self._budget.take(asyncio.get_running_loop().time())
 
-    async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey) -> None:
+    async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, noted: Noted) -> None:
         now = self._loop.time()
         call = plan.call
         headers = {"x-request-id": request_id}
@@ -320,6 +330,8 @@ class App:
             "size": len(call.body),
             "project": key.project,
             "key": key.id,
+            "at": noted.at,
+            "try": (note := noted.begin(worker.node_id, downstream)).number,
         }
         if plan.chain or plan.priority:
             head |= plan.head()
@@ -332,8 +344,13 @@ class App:
         self._attempts.add(attempt)
         on_trial = self._fleet.begin(worker)
         try:
-            trailer = await attempt.run(head, call.body)
+            trailer = note.trailer = await attempt.run(head, call.body)
+            note.status = "ok"
+        except MeshError as error:
+            note.status = error.code
+            raise
         finally:
+            note.end(attempt.first_byte_at)
             worker.in_flight -= 1
             self._attempts.discard(attempt)
             if timer is not None:

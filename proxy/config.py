@@ -51,6 +51,9 @@ class ProxyConfig(NodeConfig):
     linked_workers: int = setting(
         LINKED_WORKERS, metavar="N", help="Workers linked with where the mesh has more; proxies share them out. 0: all of them."
     )
+    keep_receipts_s: float = setting(
+        92 * 86400.0, metavar="TIME", help="How long this node keeps its receipts, from which usage and bills are made."
+    )
     retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
     retry_share: float = setting(
         0.2, metavar="SHARE", help="Retries over requests, at most, within 10 s; 64 are always allowed, and so are those whose worker died."
@@ -77,6 +80,7 @@ class ProxyConfig(NodeConfig):
             self.require(getattr(self, name) > 0, name, "must be more than zero")
         self.require(self.first_byte_timeout_s > 0, "first_byte_timeout_s", "must be more than zero")
         self.require(self.linked_workers >= 0, "linked_workers", "must not be negative")
+        self.require(self.keep_receipts_s >= 3600, "keep_receipts_s", "must be at least 1h")
         self.require(0 <= self.retry_limit <= 10, "retry_limit", "must be from 0 to 10")
         self.require(0 <= self.retry_share <= 1, "retry_share", "must be from 0 to 1")
         self.require(0 <= self.deadline_s <= MOST_TIMEOUT_S, "deadline_s", "must be at most 1d")

@@ -35,6 +35,7 @@ class Downstream:
         "_sent",
         "_stream",
         "_wants_keep_alive",
+        "pieces",
         "request",
         "started",
         "transport",
@@ -49,6 +50,8 @@ class Downstream:
         self._stream = False
         self._length: int | None = None
         self._sent = 0
+        self.pieces = 0
+        """Pieces of the body handed to the client so far: of a stream, about one a token."""
         self._head = b""
 
     @property
@@ -103,6 +106,7 @@ class Downstream:
     def write(self, data: bytes) -> None:
         """Pass on body bytes. Raises `ProtocolError` beyond the announced length."""
         self._sent += len(data)
+        self.pieces += 1
         if self._length is not None and self._sent > self._length:
             raise ProtocolError("more bytes than HEAD announced")
         if self._chunked and data:

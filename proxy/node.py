@@ -14,6 +14,7 @@ from mesh.clock import SystemClock
 from mesh.directory import Directory
 from mesh.enrol import keep_keyset, keep_renewed, known_bootstraps, open_identity
 from mesh.identity import IdentityStore
+from mesh.ledger import LEDGER_FILE, Ledger, signer
 from mesh.node import About, MeshNode
 from mesh.records import Capability, Record, State
 from mesh.runtime import announce
@@ -24,6 +25,7 @@ from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
+from proxy.metering import LedgerCollector, Meter
 from proxy.metrics import Metrics
 from proxy.peers import ByRole, Proxies
 from proxy.processes import run_processes
@@ -71,8 +73,21 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
     gate = Gate(identity.trust, clock=clock, region=config.region)
     documents = DocumentRoutes(directory, identity.trust, clock=clock)
-    app = App(config, gate=gate, fleet=fleet, views=views, explainer=explainer, metrics=metrics, rng=rng, routes=documents.routes())
+    ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
+    metrics.registry.register(LedgerCollector(ledger))
+    app = App(
+        config,
+        gate=gate,
+        fleet=fleet,
+        views=views,
+        explainer=explainer,
+        metrics=metrics,
+        rng=rng,
+        routes=documents.routes(),
+        meter=Meter(ledger),
+    )
     server = HttpServer(app, config)
+    ledger.start()
     await directory.start(config.host, config.dht_port)
     try:
         _, link_port = await node.listen(config.host, config.link_port)
@@ -104,6 +119,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         await server.stop()
         await node.stop()
         await directory.stop()
+        await ledger.stop()
     return 0
 
 

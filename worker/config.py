@@ -49,6 +49,9 @@ class WorkerConfig(NodeConfig):
     kv_cache_tokens: int = setting(
         0, metavar="N", help="Tokens that the engine's KV cache holds, to follow what it has cached; 0 goes by what the engine tells."
     )
+    keep_receipts_s: float = setting(
+        92 * 86400.0, metavar="TIME", help="How long this node keeps its receipts, from which usage and bills are made."
+    )
     record_ttl_s: float = setting(20.0, metavar="TIME", help="Life of this worker's record in the directory: 15s to 30s.")
 
     def __post_init__(self) -> None:
@@ -74,4 +77,5 @@ class WorkerConfig(NodeConfig):
         self.require(self.load_timeout_s > 0, "load_timeout_s", "must be more than zero")
         for field in ("threads", "context_tokens", "parallel", "kv_cache_tokens"):
             self.require(getattr(self, field) >= 0, field, "must not be negative")
+        self.require(self.keep_receipts_s >= 3600, "keep_receipts_s", "must be at least 1h")
         self.require(5 <= self.record_ttl_s <= 60, "record_ttl_s", "must be from 5s to 60s")

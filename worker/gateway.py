@@ -34,6 +34,7 @@ from mesh.link.link import IncomingStream
 from mesh.prefix import HASH_BYTES, MAX_BLOCKS, MAX_TEXT_BYTES, split_chain
 from worker.admission import Admission, Priority
 from worker.engine import ModelSpec, Task
+from worker.metering import Meter, Tally
 from worker.prefill import Prefill, Prompt, Work
 from worker.pulse import Pulse
 from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, engine_failure, prepare_body, read_answer
@@ -75,6 +76,7 @@ class Gateway:
         clock: Clock,
         prefill: Prefill | None = None,
         pulse: Pulse | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.admission = admission
         self.pulse = pulse or Pulse()
@@ -86,6 +88,7 @@ class Gateway:
         self._on_load = on_load
         self._clock = clock
         self._tasks: dict[asyncio.Task[None], IncomingStream] = {}
+        self._meter = meter or Meter(None, clock=clock)
 
     def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         """A proxy opened a stream: serve it in a task of its own."""
@@ -115,6 +118,7 @@ class Gateway:
             model = self._model(request)
             if request.deadline_s:
                 self._expire_in(request.deadline_s, stream)
+            self._meter.check()
             self.admission.check(request.priority)  # before the body is read: a full worker need not take megabytes to say no
             if request.prompt is None:
                 await self._answer(stream, request, model, None)
@@ -171,7 +175,9 @@ class Gateway:
             self._on_load()
             async with self.admission.slot(request.priority, request.project, cost=request.cost):
                 stream.accept()
-                return await self._ask(stream, request, prepared, on_first, queue_s=time.monotonic() - queued)
+                queue_s = time.monotonic() - queued
+                with self._tally(stream, request, model, queue_s) as tally:
+                    return await self._ask(stream, request, prepared, on_first, tally, queue_s=queue_s)
         finally:
             self.pulse.begun -= begun
             working.cancel()
@@ -186,7 +192,14 @@ class Gateway:
         raise ModelNotFound(f"The model '{request.model}' is not served here", param="model")
 
     async def _ask(
-        self, stream: IncomingStream, request: _Request, prepared: Prepared, on_first: Callable[[], None], *, queue_s: float
+        self,
+        stream: IncomingStream,
+        request: _Request,
+        prepared: Prepared,
+        on_first: Callable[[], None],
+        tally: Tally,
+        *,
+        queue_s: float,
     ) -> Usage:
         base_url = self._engine.base_url
         if base_url is None:
@@ -199,14 +212,15 @@ class Gateway:
                 if response.status != 200:
                     raise await _refusal(response)
                 if response.content_type == "text/event-stream":
-                    usage = await self._relay_events(stream, response, prepared, on_first)
+                    usage = await self._relay_events(stream, response, prepared, on_first, tally)
                 else:
-                    usage = await self._relay_whole(stream, response, on_first)
+                    usage = await self._relay_whole(stream, response, on_first, tally)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._engine.suspect()
             raise EngineUnavailable(f"The worker's engine failed ({type(error).__name__})") from None
         self.served += 1
-        stream.end({**usage.to_trailer(), "queue_ms": round(queue_s * 1000), "engine_ms": round((time.monotonic() - started) * 1000)})
+        tally.engine_ms = round((time.monotonic() - started) * 1000)
+        stream.end({**usage.to_trailer(), "queue_ms": round(queue_s * 1000), "engine_ms": tally.engine_ms})
         return usage
 
     async def _post(self, url: str, prepared: Prepared, headers: dict[str, str]) -> aiohttp.ClientResponse:
@@ -226,10 +240,15 @@ class Gateway:
         raise AssertionError("unreachable")
 
     async def _relay_events(
-        self, stream: IncomingStream, response: aiohttp.ClientResponse, prepared: Prepared, on_first: Callable[[], None]
+        self,
+        stream: IncomingStream,
+        response: aiohttp.ClientResponse,
+        prepared: Prepared,
+        on_first: Callable[[], None],
+        tally: Tally,
     ) -> Usage:
         """Pass events on, whole ones only. HEAD goes with the first, so a request that has had no token can still move."""
-        events = EventStream(show_usage=prepared.show_usage)
+        events = tally.stream = EventStream(show_usage=prepared.show_usage)
         begun = False
 
         def begin() -> None:
@@ -249,6 +268,7 @@ class Gateway:
                 begin()
                 if not stream.send_now(whole):
                     await self._send(stream, whole)
+                tally.passed(whole)
             if events.failure is not None:
                 break
         rest = events.close()
@@ -260,9 +280,12 @@ class Gateway:
         if rest:
             begin()
             await self._send(stream, rest)
+            tally.passed(rest)
         return events.usage
 
-    async def _relay_whole(self, stream: IncomingStream, response: aiohttp.ClientResponse, on_first: Callable[[], None]) -> Usage:
+    async def _relay_whole(
+        self, stream: IncomingStream, response: aiohttp.ClientResponse, on_first: Callable[[], None], tally: Tally
+    ) -> Usage:
         pieces, size = [], 0
         async for data in response.content.iter_any():
             self.pulse.signs += 1
@@ -277,9 +300,11 @@ class Gateway:
         if answer.failed:
             raise self._failed(body)
         on_first()
+        tally.usage, tally.length = usage, len(body)
         stream.send_head({"status": 200, "type": "application/json", "length": len(body)})
         for at in range(0, len(body), MAX_PAYLOAD_BYTES):
-            await self._send(stream, body[at : at + MAX_PAYLOAD_BYTES])
+            await self._send(stream, piece := body[at : at + MAX_PAYLOAD_BYTES])
+            tally.sent += len(piece)
         return usage or Usage()
 
     async def _send(self, stream: IncomingStream, data: bytes) -> None:
@@ -297,6 +322,20 @@ class Gateway:
             self._engine.suspect()
         return error
 
+    def _tally(self, stream: IncomingStream, request: _Request, model: ModelSpec, queue_s: float) -> Tally:
+        return self._meter.tally(
+            request_id=request.id,
+            attempt=request.attempt,
+            at=request.at,
+            proxy=stream.link.node_id,
+            project=request.project,
+            key=request.key,
+            task=request.task,
+            asked=request.model,
+            model=model,
+            queue_s=queue_s,
+        )
+
     async def _report_progress(self, stream: IncomingStream) -> None:
         """Until the first byte: tell the proxy, once a second, that the engine makes steps."""
         while True:
@@ -308,7 +347,7 @@ class Gateway:
 class _Request:
     """The fields of an OPEN frame, checked. Raises `ProtocolError`."""
 
-    __slots__ = ("cost", "deadline_s", "id", "model", "priority", "project", "prompt", "size", "task")
+    __slots__ = ("at", "attempt", "cost", "deadline_s", "id", "key", "model", "priority", "project", "prompt", "size", "task")
 
     def __init__(self, head: Mapping[str, Any]) -> None:
         try:
@@ -316,7 +355,10 @@ class _Request:
             self.model = read_str(head, "model")
             self.size = read_int(head, "size", high=MAX_REQUEST_BYTES)
             self.task = Task(read_str(head, "task", max_len=32))
-            self.project = read_str(head, "project", default="")
+            self.project = read_str(head, "project", default="", max_len=64)
+            self.key = read_bytes(head, "key", size=8) if "key" in head else b""
+            self.attempt = read_int(head, "try", default=1, low=1, high=1000)
+            self.at = read_int(head, "at", default=0)
             self.priority = Priority(read_int(head, "pri", default=0, high=max(Priority)))
             self.prompt = _prompt(head) if "pfx" in head else None
             self.deadline_s = read_int(head, "dl", low=1, high=86_400_000) / 1000 if "dl" in head else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -15,6 +16,7 @@ from mesh.directory import Directory
 from mesh.enrol import keep_keyset, keep_renewed, known_bootstraps, open_identity
 from mesh.errors import ProtocolError
 from mesh.identity import IdentityStore
+from mesh.ledger import LEDGER_FILE, Ledger, signer
 from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.node import About, MeshNode
@@ -28,6 +30,7 @@ from worker.engine import EngineKind, EngineSpec, Readiness, Supervisor, Timing,
 from worker.engine.llamacpp import DEFAULT_CONTEXT_TOKENS
 from worker.gateway import Gateway
 from worker.hardware import detect
+from worker.metering import Meter, Uptime
 from worker.prefill import Prefill
 from worker.prefixes import UNKNOWN_CAPACITY_TOKENS, HeldPrefixes
 from worker.progress import DownloadProgress
@@ -63,6 +66,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
 
     def on_change(readiness: Readiness) -> None:
         report()
+        uptime.ready(supervisor.models if readiness.is_ready else ())
         if not readiness.is_ready:
             prefill.held.clear()  # whatever the engine had cached, its next life begins without
             pusher.changed()
@@ -70,8 +74,11 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             node.changed()
 
     def describe() -> About:
-        return about(config, supervisor, admission, capability)
+        told = about(config, supervisor, admission, capability)
+        return replace(told, reason=f"receipts: {ledger.trouble}"[:120]) if ledger.trouble else told
 
+    ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
+    uptime = Uptime(ledger, gpus=capability.gpu_count, clock=clock, rng=rng)
     progress = DownloadProgress(config.model[0] if config.model else config.engine, report)
     supervisor = Supervisor(
         engine,
@@ -99,6 +106,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             clock=clock,
             prefill=prefill,
             pulse=pulse,
+            meter=Meter(ledger, clock=clock),
         )
         vitals = Vitals(
             supervisor,
@@ -122,6 +130,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             rng=rng,
         )
         pusher.peers = node.peers
+        ledger.start()
         await directory.start(config.host, config.dht_port)
         try:
             if not config.outbound:
@@ -137,6 +146,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
                     tasks.create_task(keep_renewed(identity, store, bootstraps, clock, rng)),
                     tasks.create_task(keep_keyset(identity, store)),
                     tasks.create_task(vitals.run()),
+                    tasks.create_task(uptime.run()),
                 )
                 tasks.create_task(supervisor.run())
                 await stop.wait()
@@ -153,6 +163,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             await gateway.stop()
             await node.stop()
             await directory.stop()
+            await ledger.stop()
     return 0
 
 

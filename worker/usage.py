@@ -22,9 +22,11 @@ class Usage:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0
 
     def to_trailer(self) -> dict[str, int]:
-        return {"in": self.prompt, "out": self.completion, "cached": self.cached}
+        fields = {"in": self.prompt, "out": self.completion, "cached": self.cached}
+        return fields | {"think": self.reasoning} if self.reasoning else fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,7 @@ _ABSENT = msgspec.Raw()
 
 class _Details(msgspec.Struct):
     cached_tokens: int | float | None = None
+    reasoning_tokens: int | float | None = None
 
 
 class _UsageFields(msgspec.Struct):
@@ -117,6 +120,8 @@ class _UsageFields(msgspec.Struct):
     output_tokens: int | float | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
 
 
 class _Inner(msgspec.Struct):
@@ -162,10 +167,12 @@ def read_answer(data: bytes) -> tuple[Usage | None, _Answer | None]:
     if fields is None:
         return None, answer
     details = fields.prompt_tokens_details or fields.input_tokens_details
+    said = fields.completion_tokens_details or fields.output_tokens_details
     usage = Usage(
         prompt=_count(fields.prompt_tokens, fields.input_tokens),
         completion=_count(fields.completion_tokens, fields.output_tokens),
         cached=_count(details.cached_tokens if details is not None else None),
+        reasoning=_count(said.reasoning_tokens if said is not None else None),
     )
     return usage, answer
 

@@ -171,6 +171,8 @@ async def test_answer_is_passed_with_its_length_and_a_request_id(front: Front) -
         "size": len(chat()),
         "project": "p",
         "key": b"12345678",
+        "at": head["at"],
+        "try": 1,
     }
 
 

@@ -18,6 +18,7 @@ from mesh.authority import KEYS_KID
 from mesh.clock import SystemClock
 from mesh.directory import Directory
 from mesh.identity import Peer
+from mesh.ledger import Ledger
 from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.records import Capability, ModelEntry, Record, State
@@ -28,6 +29,7 @@ from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
+from proxy.metering import Meter
 from proxy.metrics import Metrics
 from proxy.peers import Proxies
 from proxy.server import HttpServer
@@ -40,6 +42,7 @@ from tests.support.shelf import Shelf
 from worker.admission import Admission
 from worker.engine import ModelSpec, Task
 from worker.gateway import Gateway
+from worker.metering import Meter as WorkerMeter
 
 DEADLINE_S = 20.0
 MODEL = ModelEntry(name="m")
@@ -140,9 +143,9 @@ class KnownRecords:
 
 
 class Front:
-    """App and HTTP server on port 0 of loopback. ``settings`` are `ProxyConfig`'s."""
+    """App and HTTP server on port 0 of loopback. ``settings`` are `ProxyConfig`'s; ``ledger`` gets the proxy's receipts."""
 
-    def __init__(self, mesh: TestMesh, folder: Path, **settings: Any) -> None:
+    def __init__(self, mesh: TestMesh, folder: Path, *, ledger: Ledger | None = None, **settings: Any) -> None:
         self.mesh = mesh
         self.clock = SystemClock()
         self.directory = KnownRecords()
@@ -165,6 +168,7 @@ class Front:
             metrics=self.metrics,
             rng=random.Random(1),
             routes=DocumentRoutes(self.shelf, self.shelf.trust, clock=self.clock).routes(),
+            meter=Meter(ledger),
         )
         self.server = HttpServer(self.app, self.config)
         self.port = 0
@@ -214,14 +218,17 @@ class Front:
         return worker
 
     @asynccontextmanager
-    async def gateway(self, engine: FakeEngine, *, limit: int = 100, queue_limit: int = 100) -> AsyncIterator[tuple[Worker, Gateway]]:
+    async def gateway(
+        self, engine: FakeEngine, *, limit: int = 100, queue_limit: int = 100, ledger: Ledger | None = None
+    ) -> AsyncIterator[tuple[Worker, Gateway]]:
         """Link a worker whose real gateway serves from a stand-in engine."""
         view = StandInEngine(engine.url, (ModelSpec(name="m", engine_name=engine.model, tasks=frozenset(Task)),))
         entry = ModelEntry(name="m", tasks=tuple(map(str, Task)))
         admission = Admission(limit=limit, queue_limit=queue_limit)
         connector = aiohttp.TCPConnector(force_close=True)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
-            gateway = Gateway(view, session, headers={}, admission=admission, on_load=lambda: None, clock=self.clock)
+            meter = WorkerMeter(ledger, clock=self.clock)
+            gateway = Gateway(view, session, headers={}, admission=admission, on_load=lambda: None, clock=self.clock, meter=meter)
             worker = await self.worker(_never, models=(entry,))
             owner = cast(Owner, worker.link._owner)
             owner.on_stream = gateway.open

@@ -14,7 +14,7 @@ from mesh import ledger as module
 from mesh.errors import ConfigError
 from mesh.identity import Identity
 from mesh.ledger import LEDGER_FILE, Ledger, Query
-from mesh.receipts import Receipt, check_chain, parse_batch, parse_receipt, verify_proof
+from mesh.receipts import Receipt, Row, check_chain, parse_batch, parse_receipt, verify_proof
 from mesh.trust import Role
 from tests.support.authority import TestMesh, make_mesh
 from tests.support.clocks import StoppedClock
@@ -204,7 +204,7 @@ async def test_one_receipt_that_cannot_be_written_down_does_not_hold_up_the_othe
     tmp_path: Path, identity: Identity, clock: StoppedClock
 ) -> None:
     class Broken:
-        def receipt(self) -> Receipt:
+        def row(self) -> Row:
             raise ValueError("a fault in the program")
 
     ledger = open_ledger(tmp_path, identity, clock=clock)
