@@ -34,6 +34,7 @@ from mesh.link.link import IncomingStream
 from mesh.prefix import HASH_BYTES, MAX_BLOCKS, MAX_TEXT_BYTES, split_chain
 from worker.admission import Admission, Priority
 from worker.engine import ModelSpec, Task
+from worker.engine.client import EngineAnswer, EngineClient
 from worker.metering import Meter, Tally
 from worker.prefill import Prefill, Prompt, Work
 from worker.pulse import Pulse
@@ -68,7 +69,7 @@ class Gateway:
     def __init__(
         self,
         engine: EngineView,
-        session: aiohttp.ClientSession,
+        client: EngineClient,
         *,
         headers: Mapping[str, str],
         admission: Admission,
@@ -83,12 +84,14 @@ class Gateway:
         self.prefill = prefill or Prefill(clock)
         self.served = 0
         self._engine = engine
-        self._session = session
+        self._client = client
         self._headers = dict(headers)
         self._on_load = on_load
         self._clock = clock
         self._tasks: dict[asyncio.Task[None], IncomingStream] = {}
         self._meter = meter or Meter(None, clock=clock)
+        self._silent: set[IncomingStream] = set()
+        self._ticking: asyncio.Task[None] | None = None
 
     def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         """A proxy opened a stream: serve it in a task of its own."""
@@ -105,7 +108,7 @@ class Gateway:
 
     async def stop(self) -> None:
         """End whatever is still being served."""
-        tasks = list(self._tasks)
+        tasks = [*self._tasks, *((self._ticking,) if self._ticking else ())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -151,19 +154,19 @@ class Gateway:
         task.add_done_callback(lambda _: timer.cancel())
 
     async def _answer(self, stream: IncomingStream, request: _Request, model: ModelSpec, work: Work | None) -> Usage:
-        async with asyncio.timeout(BODY_DEADLINE_S):
-            body = await stream.read_body(max_bytes=request.size)
+        body: bytes | bytearray | None = stream.whole_body()
+        if body is None:
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                body = await stream.read_body(max_bytes=request.size)
         if len(body) != request.size:
             raise ProtocolError("a request body of another length than OPEN announced")
         prepared = prepare_body(body, task=request.task, engine_model=_renamed(model, request.model))
         queued = time.monotonic()
-        working = asyncio.create_task(self._report_progress(stream))
-
         begun = False
 
         def on_first() -> None:
             nonlocal begun
-            working.cancel()
+            self._silent.discard(stream)
             if not begun:
                 begun = True
                 self.pulse.begun += 1
@@ -171,6 +174,8 @@ class Gateway:
                 self.prefill.computed(work)
                 self._on_load()
 
+        self._silent.add(stream)
+        self._ticking = self._ticking or asyncio.create_task(self._report_progress())
         try:
             self._on_load()
             async with self.admission.slot(request.priority, request.project, cost=request.cost):
@@ -180,7 +185,7 @@ class Gateway:
                     return await self._ask(stream, request, prepared, on_first, tally, queue_s=queue_s)
         finally:
             self.pulse.begun -= begun
-            working.cancel()
+            self._silent.discard(stream)
             self._on_load()
 
     def _model(self, request: _Request) -> ModelSpec:
@@ -223,7 +228,7 @@ class Gateway:
         stream.end({**usage.to_trailer(), "queue_ms": round(queue_s * 1000), "engine_ms": tally.engine_ms})
         return usage
 
-    async def _post(self, url: str, prepared: Prepared, headers: dict[str, str]) -> aiohttp.ClientResponse:
+    async def _post(self, url: str, prepared: Prepared, headers: dict[str, str]) -> EngineAnswer:
         """Send a request to the engine; returns once its answer's head is there.
 
         A connection that was kept may just have been closed by an engine that keeps none: the request goes again, over another.
@@ -233,7 +238,7 @@ class Gateway:
             if prepared.size >= LARGE_BYTES:
                 data, headers["Content-Length"] = prepared.pieces(), str(prepared.size)
             try:
-                return await self._session.post(url, data=data, headers=headers, allow_redirects=False)
+                return await self._client.post(url, data=data, headers=headers)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 if not left:
                     raise
@@ -242,7 +247,7 @@ class Gateway:
     async def _relay_events(
         self,
         stream: IncomingStream,
-        response: aiohttp.ClientResponse,
+        response: EngineAnswer,
         prepared: Prepared,
         on_first: Callable[[], None],
         tally: Tally,
@@ -284,7 +289,7 @@ class Gateway:
         return events.usage
 
     async def _relay_whole(
-        self, stream: IncomingStream, response: aiohttp.ClientResponse, on_first: Callable[[], None], tally: Tally
+        self, stream: IncomingStream, response: EngineAnswer, on_first: Callable[[], None], tally: Tally
     ) -> Usage:
         pieces, size = [], 0
         async for data in response.content.iter_any():
@@ -339,9 +344,14 @@ class Gateway:
     async def _report_progress(self, stream: IncomingStream) -> None:
         """Until the first byte: tell the proxy, once a second, that the engine makes steps."""
         while True:
+    async def _report_progress(self) -> None:
+        """Once a second, as long as there are requests without a byte: tell their proxies that the engine makes steps."""
+        while self._silent:
             await self._clock.sleep(PROGRESS_S)
             if self._engine.base_url is not None and not self.pulse.stuck:
-                stream.progress({"running": self.admission.running})
+                for stream in self._silent:
+                    stream.progress({"running": self.admission.running})
+        self._ticking = None
 
 
 class _Request:
@@ -381,7 +391,7 @@ def _renamed(model: ModelSpec, asked: str) -> str | None:
     return model.engine_name if asked == model.name and model.engine_name != asked else None
 
 
-async def _refusal(response: aiohttp.ClientResponse) -> MeshError:
+async def _refusal(response: EngineAnswer) -> MeshError:
     """What an engine's error status means to the client: its own mistake, a full engine, or a broken one."""
     complaint = engine_complaint(await _read_some(response, MAX_COMPLAINT_BYTES), response.status)
     match response.status:
@@ -394,7 +404,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> MeshError:
     return EngineUnavailable(f"The worker's engine answered {response.status}")
 
 
-async def _read_some(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
+async def _read_some(response: EngineAnswer, most_bytes: int) -> bytes:
     """The whole body, or its beginning if it is longer."""
     data = bytearray()
     async for piece in response.content.iter_any():

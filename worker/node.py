@@ -7,7 +7,6 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import aiohttp
 import structlog
 
 from mesh import __version__
@@ -27,6 +26,7 @@ from worker.admission import Admission
 from worker.announce import LoadPusher, about
 from worker.config import WorkerConfig
 from worker.engine import EngineKind, EngineSpec, Readiness, Supervisor, Timing, make_engine
+from worker.engine.client import EngineClient
 from worker.engine.llamacpp import DEFAULT_CONTEXT_TOKENS
 from worker.gateway import Gateway
 from worker.hardware import detect
@@ -92,14 +92,10 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
     prefill = Prefill(clock, held=HeldPrefixes(capacity_tokens=kv_cache_tokens(config)))
     pulse = Pulse()
     pusher = LoadPusher(admission, supervisor, prefill, pulse)
-    async with aiohttp.ClientSession(
-        connector=_connector(keeps_connections=engine.keeps_connections),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
-        cookie_jar=aiohttp.DummyCookieJar(),  # an engine's cookie for one client must not come back with another's request
-    ) as session:
+    async with EngineClient(idle_s=ENGINE_IDLE_S if engine.keeps_connections else 0.0) as client:
         gateway = Gateway(
             supervisor,
-            session,
+            client,
             headers=engine.headers,
             admission=admission,
             on_load=pusher.changed,
@@ -165,13 +161,6 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             await directory.stop()
             await ledger.stop()
     return 0
-
-
-def _connector(*, keeps_connections: bool) -> aiohttp.TCPConnector:
-    """Connections to the engine, as many as there are requests: admission bounds those."""
-    if not keeps_connections:
-        return aiohttp.TCPConnector(limit=0, force_close=True)
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=ENGINE_IDLE_S)
 
 
 def engine_spec(config: WorkerConfig) -> EngineSpec:

@@ -535,6 +535,10 @@ class IncomingStream(_Sending):
         self._arrived: asyncio.Event | None = None
         self.on_cancel: asyncio.Task[Any] | None = None
 
+    def whole_body(self) -> bytes | None:
+        """The request's body if it has come whole and in one frame, as most do; None if `read_body` must wait for it."""
+        return self._body[0] if self._body_done and len(self._body) == 1 else None
+
     async def read_body(self, *, max_bytes: int) -> bytes | bytearray:
         """The whole request body. Raises `ProtocolError` beyond ``max_bytes``; the proxy should have refused it.
 

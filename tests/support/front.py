@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-import aiohttp
-
 from mesh.apikey import ApiKey, mint
 from mesh.authority import KEYS_KID
 from mesh.clock import SystemClock
@@ -41,6 +39,7 @@ from tests.support.pipe import Owner, PipeTransport, connect, settle
 from tests.support.shelf import Shelf
 from worker.admission import Admission
 from worker.engine import ModelSpec, Task
+from worker.engine.client import EngineClient
 from worker.gateway import Gateway
 from worker.metering import Meter as WorkerMeter
 
@@ -225,10 +224,9 @@ class Front:
         view = StandInEngine(engine.url, (ModelSpec(name="m", engine_name=engine.model, tasks=frozenset(Task)),))
         entry = ModelEntry(name="m", tasks=tuple(map(str, Task)))
         admission = Admission(limit=limit, queue_limit=queue_limit)
-        connector = aiohttp.TCPConnector(force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+        async with EngineClient(idle_s=1.0) as client:
             meter = WorkerMeter(ledger, clock=self.clock)
-            gateway = Gateway(view, session, headers={}, admission=admission, on_load=lambda: None, clock=self.clock, meter=meter)
+            gateway = Gateway(view, client, headers={}, admission=admission, on_load=lambda: None, clock=self.clock, meter=meter)
             worker = await self.worker(_never, models=(entry,))
             owner = cast(Owner, worker.link._owner)
             owner.on_stream = gateway.open

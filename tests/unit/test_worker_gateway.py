@@ -28,6 +28,7 @@ from mesh.link.link import WINDOW_BYTES
 from tests.support.pipe import Pair, Sink, linked
 from worker.admission import Admission
 from worker.engine import ModelSpec, Task
+from worker.engine.client import EngineClient
 from worker.gateway import MAX_COMPLAINT_BYTES, PROGRESS_S, Gateway
 from worker.usage import EventStream
 
@@ -150,7 +151,7 @@ class Stage:
         self.loads: list[tuple[int, int]] = []
         self.gateway = Gateway(
             self.engine,
-            cast(aiohttp.ClientSession, self.session),
+            cast(EngineClient, self.session),
             headers={"Authorization": "Bearer engine-secret"},
             admission=self.admission,
             on_load=lambda: self.loads.append((self.admission.running, self.admission.waiting)),
@@ -223,7 +224,6 @@ async def test_engine_is_asked_on_the_right_route_by_its_own_name_with_its_own_k
     assert json.loads(options["data"]) == CHAT | {"model": "inner"}
     assert options["headers"]["Authorization"] == "Bearer engine-secret"
     assert options["headers"]["X-Request-Id"] == "req_7"
-    assert options["allow_redirects"] is False
 
 
 async def test_adapter_and_unrenamed_model_keep_their_names(stage: Open) -> None:
