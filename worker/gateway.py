@@ -288,9 +288,7 @@ class Gateway:
             tally.passed(rest)
         return events.usage
 
-    async def _relay_whole(
-        self, stream: IncomingStream, response: EngineAnswer, on_first: Callable[[], None], tally: Tally
-    ) -> Usage:
+    async def _relay_whole(self, stream: IncomingStream, response: EngineAnswer, on_first: Callable[[], None], tally: Tally) -> Usage:
         pieces, size = [], 0
         async for data in response.content.iter_any():
             self.pulse.signs += 1
@@ -341,9 +339,6 @@ class Gateway:
             queue_s=queue_s,
         )
 
-    async def _report_progress(self, stream: IncomingStream) -> None:
-        """Until the first byte: tell the proxy, once a second, that the engine makes steps."""
-        while True:
     async def _report_progress(self) -> None:
         """Once a second, as long as there are requests without a byte: tell their proxies that the engine makes steps."""
         while self._silent:
