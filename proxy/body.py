@@ -27,8 +27,12 @@ class Bodies:
         headers, limit, content = request.headers, self._most_bytes, request.content
         if "Content-Encoding" in headers and headers["Content-Encoding"].lower() != "identity":
             raise InvalidRequest("Send the body without Content-Encoding")
+        if headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            raise InvalidRequest("Send the body without Transfer-Encoding, or with 'chunked' alone")
         if content.is_eof() and content.exception() is None and content.total_bytes <= limit:
             body = content.read_nowait()  # it came together with the head: the usual case
+            if not body and (request.content_length or 0) > limit:
+                raise self._too_large()  # so large that the parser takes it for none
             if not body.isascii():
                 _check_utf8(codecs.getincrementaldecoder("utf-8")(), body, final=True)
             return body
