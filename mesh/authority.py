@@ -40,6 +40,7 @@ from mesh.identity import (
 )
 from mesh.invite import Invite, seal_invite
 from mesh.membership import seal_membership
+from mesh.orders import ORDER_LIFE_S, Action, Order, seal_order
 from mesh.trust import Issuer, Keyset, Purpose, Role, Trust, key_id, parse_keyset, raw_public_key, seal_keyset
 
 ROOT_LIFETIME_S = 10 * 365 * 86400.0
@@ -159,6 +160,11 @@ class Authority:
         claims = Invite(id=os.urandom(16), role=role, uses=uses, issued=now, expires=now + ttl_s)
         key = self._issuer_key(KEYS_KID)
         return seal_invite(key, KEYS_KID, claims, mesh_id=self.mesh_id, bootstraps=bootstraps)
+
+    def order(self, node_id: bytes, action: Action, *, reason: str, now: float) -> Order:
+        """Tell a node something; to be carried to it within `ORDER_LIFE_S`."""
+        order = Order(node_id=node_id, action=action, issued=now, expires=now + ORDER_LIFE_S, reason=reason)
+        return seal_order(order, self._issuer_key(KEYS_KID), KEYS_KID)
 
     def admission(self) -> Admission:
         """What a bootstrap node needs. Raises `ConfigError` where this folder no longer holds it."""

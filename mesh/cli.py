@@ -7,6 +7,7 @@ import click
 from mesh import __version__
 from mesh.commands.directory import doctor, lookup, peers
 from mesh.commands.local import down, up
+from mesh.commands.nodes import drain, undrain
 from mesh.commands.operator import create, invite, key
 from mesh.commands.user import chat, init, models, status, workers
 
@@ -20,5 +21,5 @@ def main() -> None:
     """One OpenAI-compatible API in front of GPU machines anywhere, with no central anything."""
 
 
-for _command in (up, down, create, invite, key, init, chat, models, status, workers, peers, lookup, doctor):
+for _command in (up, down, create, invite, key, init, chat, models, status, workers, peers, lookup, doctor, drain, undrain):
     main.add_command(_command)

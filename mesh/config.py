@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,15 @@ class NodeConfig(Settings):
     )
     region: str = setting("", shared=True, help="Where this node is, in the operator's own words: eu-1, home, rack-7.")
     drain_s: float = setting(30.0, shared=True, metavar="TIME", help="How long a stopping node may take to finish what it is doing.")
+    preemption_command: str = setting(
+        "",
+        shared=True,
+        metavar="COMMAND",
+        help="Run every 2 s; once it ends with exit code 0, this machine is about to go: drain and stop.",
+    )
+    preemption_file: Path | None = setting(
+        None, shared=True, metavar="FILE", help="Once this file exists, this machine is about to go: drain and stop."
+    )
     log_level: str = setting("info", shared=True, choices=("debug", "info", "warning", "error"), help="Least important event to log.")
     log_format: str = setting("console", shared=True, choices=("console", "json"), help="How log lines look.")
 
@@ -53,6 +63,7 @@ class NodeConfig(Settings):
             self.require(0 <= getattr(self, field) <= 65535, field, "must be a port from 0 to 65535")
         self.require(self.drain_s >= 0, "drain_s", "must not be negative")
         self.require(len(self.region) <= 64 and self.region.isprintable(), "region", "must be at most 64 printable characters")
+        self.require(_is_command(self.preemption_command), "preemption_command", "is not a command line")
         put("bootstrap", tuple(self._address("bootstrap", text) for text in self.bootstrap))
         for text in self.advertise:
             self._address("advertise", text, default_port=self.port or 1)
@@ -76,3 +87,10 @@ class NodeConfig(Settings):
             return str(parse_address(text, default_port=default_port))
         except UsageError as error:
             raise ConfigError(error.message, param=field) from None
+
+
+def _is_command(text: str) -> bool:
+    try:
+        return not text or bool(shlex.split(text))
+    except ValueError:
+        return False

@@ -23,6 +23,7 @@
     │   ├── ModelNotFound
     │   ├── DocumentNotFound
     │   ├── DocumentRefused         a document whose signature or signer does not hold
+    │   ├── OrderRefused            an order's signature does not hold, or its signer may not give it
     │   ├── RouteNotFound
     │   └── MethodNotAllowed
     ├── CapacityError               a request cannot be served right now; trying again may help
@@ -203,6 +204,12 @@ class DocumentRefused(RequestError):
     """The document does not hold."""
 
     code = "document_refused"
+
+
+class OrderRefused(RequestError):
+    """The order does not hold."""
+
+    code = "order_refused"
 
 
 class RouteNotFound(RequestError):

@@ -25,6 +25,7 @@ from mesh import log as logs
 from mesh.config import NodeConfig
 from mesh.errors import ConfigError, MeshError, UsageError
 from mesh.identity import write_private
+from mesh.preemption import until_noticed
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +45,7 @@ def run(main: Main, config: NodeConfig) -> int:
     raise_file_limit()
     try:
         with sole_owner(config), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_supervise(main, config.drain_s + CLOSING_S))
+            return runner.run(_supervise(main, config))
     except Exception as error:
         return _report(error)
 
@@ -120,7 +121,7 @@ def _report(error: BaseException) -> int:
     return 1
 
 
-async def _supervise(main: Main, deadline_s: float) -> int:
+async def _supervise(main: Main, config: NodeConfig) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_unhandled)
     stop = Stop()
@@ -129,6 +130,8 @@ async def _supervise(main: Main, deadline_s: float) -> int:
         loop.add_signal_handler(number, _on_signal, number, stop)
     work = asyncio.ensure_future(main(stop))
     stopping = asyncio.create_task(stop.wait())
+    preempted = asyncio.create_task(_stop_when_preempted(config, stop))
+    deadline_s = config.drain_s + CLOSING_S
     try:
         await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
@@ -138,10 +141,17 @@ async def _supervise(main: Main, deadline_s: float) -> int:
         log.error("node.drain_deadline", after_s=deadline_s)
         return 1
     finally:
-        for task in (stopping, work):
+        for task in (stopping, preempted, work):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await asyncio.wait_for(work, CLOSING_S)
+
+
+async def _stop_when_preempted(config: NodeConfig, stop: Stop) -> None:
+    if config.preemption_command or config.preemption_file:
+        told_by = await until_noticed(config.preemption_command, config.preemption_file)
+        log.warning("node.preempted", told_by=told_by)
+        stop.set()
 
 
 def _on_signal(number: signal.Signals, stop: Stop) -> None:

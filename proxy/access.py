@@ -51,6 +51,7 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("GET", "/mesh/v1/documents"): Access.VIEWER,
     ("GET", "/mesh/v1/documents/"): Access.VIEWER,
     ("POST", "/mesh/v1/documents"): Access.SIGNED,
+    ("POST", "/mesh/v1/orders"): Access.SIGNED,
     **{("POST", path): Access.INVOKER for path in TASKS},
 }
 """By method and path; a path that ends with a slash stands for all below it."""

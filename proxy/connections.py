@@ -165,6 +165,12 @@ class Connections:
     def has_head(self, connection: Connection) -> None:
         self._heads.pop(connection, None)
 
+    def close_idle(self) -> None:
+        """Close those on which nothing is being asked."""
+        for connection in list(self._open):
+            if connection.is_idle:
+                connection.close()
+
     def _evict(self) -> bool:
         for connection in list(_first(self._open, TRIES)):
             if connection.is_idle:

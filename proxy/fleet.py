@@ -210,12 +210,12 @@ class Fleet:
     def blame(self, failures: Sequence[tuple[Worker, str]], *, answered: bool) -> None:
         """Hold a request's failures, by their codes, against the workers. Where several failed and none ``answered``, it is the request.
 
-        A lost worker is no failed one: its link tells.
+        A lost worker is no failed one: its link tells. Nor is one that leaves and gives up what it could not finish.
         """
         if not answered and len({worker for worker, _ in failures}) > 1:
             return
         for worker, code in failures:
-            if code != WorkerLost.code:
+            if code != WorkerLost.code and worker.routable:
                 group = [other.health for other in self._group(worker)]
                 if self.watch.failed(worker.health, code, group, now=self._clock.monotonic()):
                     log.warning("worker.ejected", worker=worker.node_id.hex()[:12], reason=worker.health.reason)

@@ -11,6 +11,7 @@ from mesh import __version__
 from mesh.address import Address, parse_address
 from mesh.bulletin import watch_documents
 from mesh.clock import SystemClock
+from mesh.cordon import Cordon
 from mesh.directory import Directory
 from mesh.enrol import keep_keyset, keep_renewed, known_bootstraps, open_identity
 from mesh.identity import IdentityStore
@@ -27,6 +28,7 @@ from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.metering import LedgerCollector, Meter
 from proxy.metrics import Metrics
+from proxy.orders import Orders
 from proxy.peers import ByRole, Proxies
 from proxy.processes import run_processes
 from proxy.server import HttpServer
@@ -36,6 +38,8 @@ log = structlog.get_logger(__name__)
 
 WATCH_S = 5.0
 RECORD_TTL_S = 20.0
+POLITE_S = 3.0
+"""How long idle clients have to send one more request, whose answer tells them to close; then the connection is closed."""
 LEAVE_S = 0.3
 """Between failing /readyz and closing the listener: for what was already on its way."""
 
@@ -53,7 +57,19 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     api = ""
 
     def about() -> About:
-        return About(state=state, api=api, capability=Capability(region=config.region))
+        drained = state == State.READY and bool(cordon.why)
+        return About(
+            state=State.DRAINING if drained else state,
+            api=api,
+            capability=Capability(region=config.region),
+            reason=cordon.why if drained else "",
+        )
+
+    def on_cordon() -> None:
+        app.draining = bool(cordon.why) or state == State.DRAINING
+        node.changed()
+
+    cordon = Cordon(identity, config.state_dir, clock=clock, on_change=on_cordon)
 
     node = MeshNode(
         identity,
@@ -75,6 +91,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     documents = DocumentRoutes(directory, identity.trust, clock=clock)
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     metrics.registry.register(LedgerCollector(ledger))
+    orders = Orders(fleet, proxies, cordon, identity.trust, clock=clock)
+    routes = {**documents.routes(), **orders.routes()}
     app = App(
         config,
         gate=gate,
@@ -83,7 +101,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         explainer=explainer,
         metrics=metrics,
         rng=rng,
-        routes=documents.routes(),
+        routes=routes,
         meter=Meter(ledger),
     )
     server = HttpServer(app, config)
@@ -95,6 +113,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         port = await server.start()
         api = _base_url(config, port)
         state = State.READY
+        app.draining = bool(cordon.why)
         node.start()
         directory.watch(Role.BOOTSTRAP, _nothing, interval_s=WATCH_S)
         announce(config, node_id=identity.node_id, addresses=node.addresses, api=api)
@@ -103,6 +122,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
             background = (
                 tasks.create_task(keep_renewed(identity, store, bootstraps, clock, rng)),
                 tasks.create_task(app.sweep()),
+                tasks.create_task(cordon.watch_certificate()),
                 tasks.create_task(keep_keyset(identity, store)),
                 tasks.create_task(watch_documents(directory, clock, rng)),
             )
@@ -112,6 +132,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
             node.changed()
             await asyncio.sleep(LEAVE_S)
             await server.close_listener()
+            await server.leave(min(POLITE_S, config.drain_s / 2))
             await app.drained()  # `mesh.runtime` bounds it with the drain deadline
             for task in background:
                 task.cancel()

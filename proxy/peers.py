@@ -70,6 +70,7 @@ class Proxies:
 
     def __init__(self, *, on_record: Callable[[Record], None]) -> None:
         self.linked: dict[bytes, Proxy] = {}
+        self.on_order: Callable[[Link, dict[str, Any]], None] = lambda link, fields: None
         self._on_record = on_record
 
     def on_up(self, link: Link, record: Record) -> None:
@@ -97,7 +98,8 @@ class Proxies:
         pass
 
     def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
-        pass
+        if kind == Frame.ORDER:
+            self.on_order(link, fields)
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         stream.fail(InvalidRequest("a proxy serves no requests of other proxies"))

@@ -28,6 +28,7 @@ BACKLOG = 4096
 TLS_RELOAD_S = 2.0
 CLOSE_S = 0.5
 """What `HttpServer.stop` gives requests that are still running; draining comes before it."""
+LEAVE_LOOK_S = 0.05
 MAX_LINE_BYTES = 8190
 OTHER_FILES = 512
 """Of the files a process may open, those kept for links, the log and the directory; the rest may be clients' connections."""
@@ -87,6 +88,18 @@ class HttpServer:
         if self._runner is not None:
             for site in list(self._runner.sites):
                 await site.stop()
+
+    async def leave(self, polite_s: float) -> None:
+        """Wait until clients have gone, having been told so with their last answer; those still idle after ``polite_s`` are closed.
+
+        A connection that is closed while it is idle may meet a request that was just sent: so clients get time to use it once more.
+        """
+        until = self._loop.time() + polite_s
+        while True:
+            if not len(self.connections) or self._loop.time() >= until:
+                break
+            await asyncio.sleep(LEAVE_LOOK_S)
+        self.connections.close_idle()
 
     async def stop(self) -> None:
         """Close every connection."""

@@ -22,15 +22,15 @@ LOAD_EVERY_S = 0.05
 """Load changes within this time go out as one frame."""
 
 
-def about(config: WorkerConfig, supervisor: Supervisor, admission: Admission, capability: Capability) -> About:
-    """The worker's part of its record, from the engine's readiness and the gateway's counts."""
+def about(config: WorkerConfig, supervisor: Supervisor, admission: Admission, capability: Capability, cordoned: str = "") -> About:
+    """The worker's part of its record, from the engine's readiness and the gateway's counts. ``cordoned``: why it takes nothing new."""
     readiness, load = supervisor.readiness, supervisor.load
     return About(
-        state=State(str(readiness.stage)),
+        state=State.DRAINING if cordoned and readiness.is_ready else State(str(readiness.stage)),
         models=model_entries(config, supervisor.models),
         capability=capability,
         load=Load(running=admission.running, waiting=admission.waiting, kv_use=kv_use(supervisor)) if load or admission.running else Load(),
-        reason=_printable(readiness.reason or ""),
+        reason=_printable(cordoned or readiness.reason or ""),
     )
 
 

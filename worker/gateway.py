@@ -92,6 +92,8 @@ class Gateway:
         self._meter = meter or Meter(None, clock=clock)
         self._silent: set[IncomingStream] = set()
         self._ticking: asyncio.Task[None] | None = None
+        self._closing: asyncio.TimerHandle | None = None
+        self._closed = False
 
     def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         """A proxy opened a stream: serve it in a task of its own."""
@@ -100,10 +102,29 @@ class Gateway:
         self._tasks[task] = stream
         task.add_done_callback(self._tasks.pop)
 
+    def close_in(self, delay_s: float) -> None:
+        """Take no new requests once proxies have had so long to hear of it. One that comes all the same is sent elsewhere."""
+        self.reopen()
+        self._closing = asyncio.get_running_loop().call_later(delay_s, self._close)
+
+    def reopen(self) -> None:
+        if self._closing is not None:
+            self._closing.cancel()
+        self._closing, self._closed = None, False
+
+    def _close(self) -> None:
+        self._closed = True
+
+    async def finish(self, within_s: float) -> None:
+        """Return once nothing is served any more. What is not finished by then goes on elsewhere, or ends."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(0.0, within_s))
+        self.give_up("this worker is leaving")
+
     def give_up(self, reason: str) -> None:
         """The engine will not answer any more: tell the proxies at once, so that they go on elsewhere."""
         for task, stream in list(self._tasks.items()):
-            stream.fail(EngineUnavailable(f"The worker's engine was given up: {reason}"))
+            stream.fail(EngineUnavailable(f"The worker gave this request up: {reason}"))
             task.cancel()
 
     async def stop(self) -> None:
@@ -117,6 +138,8 @@ class Gateway:
 
     async def _serve(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         try:
+            if self._closed:
+                raise Overloaded("This worker is leaving and takes no new requests", retry_after_s=1.0)
             request = _Request(head)
             model = self._model(request)
             if request.deadline_s:

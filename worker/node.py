@@ -11,6 +11,7 @@ import structlog
 
 from mesh import __version__
 from mesh.clock import SystemClock
+from mesh.cordon import Cordon
 from mesh.directory import Directory
 from mesh.enrol import keep_keyset, keep_renewed, known_bootstraps, open_identity
 from mesh.errors import ProtocolError
@@ -74,8 +75,14 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             node.changed()
 
     def describe() -> About:
-        told = about(config, supervisor, admission, capability)
+        told = about(config, supervisor, admission, capability, cordon.why)
         return replace(told, reason=f"receipts: {ledger.trouble}"[:120]) if ledger.trouble else told
+
+    def on_cordon() -> None:
+        node.changed()
+        gateway.close_in(LEAVE_S) if cordon.why else gateway.reopen()
+
+    cordon = Cordon(identity, config.state_dir, clock=clock, on_change=on_cordon)
 
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     uptime = Uptime(ledger, gpus=capability.gpu_count, clock=clock, rng=rng)
@@ -116,7 +123,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
         node = MeshNode(
             identity,
             directory,
-            _Links(gateway, pusher),
+            _Links(gateway, pusher, cordon),
             links_with=(Role.PROXY,),
             about=describe,
             state_dir=config.state_dir,
@@ -133,6 +140,8 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
                 _, port = await node.listen(config.host, config.port)
                 node.addresses = config.addresses(port)
             started = True
+            if cordon.why:
+                gateway.close_in(0.0)
             node.start()
             report()
             log.info("worker.started", id=identity.node_id.hex()[:12], links=node.addresses or "outbound only", engine=config.engine)
@@ -191,8 +200,9 @@ def kv_cache_tokens(config: WorkerConfig) -> int:
 class _Links:
     """Implements `mesh.link.peers.PeersOwner` for a worker: proxies open streams, and that is all they may do."""
 
-    def __init__(self, gateway: Gateway, pusher: LoadPusher) -> None:
+    def __init__(self, gateway: Gateway, pusher: LoadPusher, cordon: Cordon) -> None:
         self._gateway = gateway
+        self._cordon = cordon
         self._pusher = pusher
 
     def on_up(self, link: Link, record: Record) -> None:
@@ -214,7 +224,8 @@ class _Links:
         pass
 
     def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
-        pass  # said to proxies
+        if kind == Frame.ORDER:
+            self._cordon.obey_frame(fields)
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         self._gateway.open(stream, head)

@@ -52,6 +52,7 @@ class Frame(IntEnum):
     PREFIX = 16
     TOKENS = 17
     DOCUMENT = 18
+    ORDER = 19
 
 
 MAX_TRAIL_PIECE_BYTES = 255
@@ -60,7 +61,7 @@ MAX_TOKENS_DATA_BYTES = MAX_PAYLOAD_BYTES - 1 - MAX_TRAIL_PIECE_BYTES
 _TOKENS = int(Frame.TOKENS)
 _LENGTHS = tuple(bytes([length]) for length in range(MAX_TRAIL_PIECE_BYTES + 1))
 
-LINK_CONTROL = frozenset({Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX, Frame.DOCUMENT})
+LINK_CONTROL = frozenset({Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX, Frame.DOCUMENT, Frame.ORDER})
 """Control frames of the link itself that come after HELLO."""
 
 

@@ -54,6 +54,6 @@ async def small(deployment: Deployment) -> AsyncIterator[SmallMesh]:
         yield SmallMesh(deployment, bootstrap, proxy, (first, second), (one, two), deployment.key())
 
 
-async def external(mesh: Deployment, name: str, engine: FakeEngine, *arguments: str) -> Node:
+async def external(mesh: Deployment, name: str, engine: FakeEngine, *arguments: str, fresh: bool = True) -> Node:
     """A worker in front of a stand-in engine."""
-    return await mesh.worker(name, "--engine", "external", "--engine-url", engine.url, *arguments)
+    return await mesh.worker(name, "--engine", "external", "--engine-url", engine.url, *arguments, fresh=fresh)

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -169,6 +170,12 @@ class Deployment:
                 if node.process.returncode is not None:
                     raise AssertionError(f"{node.name} ended with {node.process.returncode}:\n{node.tail()}")
                 await asyncio.sleep(0.02)
+
+    def free_ports(self, count: int) -> list[int]:
+        """Ports that were free a moment ago, for nodes that must come back at the same address."""
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+            return [int(one.getsockname()[1]) for one in held]
 
     # -- watching
 

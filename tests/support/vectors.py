@@ -20,6 +20,7 @@ from mesh.envelope import seal
 from mesh.invite import Invite, parse_token, seal_invite
 from mesh.membership import seal_membership
 from mesh.merkle import audit_path, leaf_hash, root_hash
+from mesh.orders import Action, Order, seal_order
 from mesh.receipts import Kind, Receipt, encode_receipt, seal_batch
 from mesh.records import Capability, Load, ModelEntry, Record, State, seal_record
 from mesh.trust import Issuer, Purpose, Role, key_id, raw_public_key, seal_keyset
@@ -71,6 +72,7 @@ def build() -> dict[str, dict[str, Any]]:
         "apikey.json": common | _apikey(keys),
         "invite.json": common | _invite(keys, mesh_id),
         "document.json": _document(root, keys, seeds, mesh_id),
+        "order.json": _order(root, keys, seeds, mesh_id),
         "record.json": common | {"membership": membership.hex()} | _record(worker, membership),
         "receipts.json": common | {"membership": membership.hex()} | _receipts(worker, membership),
     }
@@ -138,6 +140,23 @@ def _document(root: Ed25519PrivateKey, issuer: Ed25519PrivateKey, seeds: dict[st
         "digest": document.digest.hex(),
         "body": document.body.hex(),
         "document": document.signed.hex(),
+    }
+
+
+def _order(root: Ed25519PrivateKey, issuer: Ed25519PrivateKey, seeds: dict[str, str], mesh_id: bytes) -> dict[str, Any]:
+    keyset = seal_keyset(root, name="vectors", seq=8, issued=NOW, issuers=[_issuer("keys-1", issuer, Purpose.DOCUMENT)])
+    order = Order(node_id=bytes(range(32)), action=Action.DRAIN, issued=NOW + 0.25, expires=NOW + 300.0, reason="new driver")
+    return {
+        "now": NOW,
+        "seeds": {name: seeds[name] for name in ("root", "keys-1")},
+        "mesh_id": mesh_id.hex(),
+        "keyset": keyset.hex(),
+        "node": order.node_id.hex(),
+        "action": str(order.action),
+        "issued": order.issued,
+        "expires": order.expires,
+        "reason": order.reason,
+        "order": seal_order(order, issuer, "keys-1").signed.hex(),
     }
 
 

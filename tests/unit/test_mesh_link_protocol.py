@@ -25,6 +25,7 @@ from mesh.link.frames import MAX_PAYLOAD_BYTES, Frame
 from mesh.link.link import MAX_INCOMING_STREAMS, WINDOW_BYTES
 from mesh.link.peers import PROTOCOL_VERSION, LinkConfig
 from mesh.membership import MAX_MEMBERSHIP_BYTES, MEMBERSHIP_DOMAIN
+from mesh.orders import MAX_ORDER_BYTES, MAX_REASON_CHARS, ORDER_DOMAIN, ORDER_LIFE_S, Action
 from mesh.receipts import RECEIPTS_DOMAIN
 from mesh.records import MAX_RECORD_BYTES, RECORD_DOMAIN, State
 from mesh.trust import KEYSET_DOMAIN, Purpose, Role
@@ -96,9 +97,24 @@ def test_every_error_code_is_documented(kind: type[MeshError]) -> None:
         ("Envelope", f"{MAX_ENVELOPE_BYTES:,} bytes"),
         *(
             ("Envelope", f"`{domain}`")
-            for domain in (KEYSET_DOMAIN, MEMBERSHIP_DOMAIN, RECORD_DOMAIN, APIKEY_DOMAIN, INVITE_DOMAIN, DOCUMENT_DOMAIN, RECEIPTS_DOMAIN)
+            for domain in (
+                KEYSET_DOMAIN,
+                MEMBERSHIP_DOMAIN,
+                RECORD_DOMAIN,
+                APIKEY_DOMAIN,
+                INVITE_DOMAIN,
+                DOCUMENT_DOMAIN,
+                ORDER_DOMAIN,
+                RECEIPTS_DOMAIN,
+            )
         ),
         ("Envelope", f"{MAX_MEMBERSHIP_BYTES} bytes"),
+        ("Envelope", f"{MAX_ORDER_BYTES} bytes"),
+        ("Envelope", f"`{ORDER_DOMAIN}`"),
+        *(("Order", f"`{action}`") for action in Action),
+        ("Order", f"at most {2 * ORDER_LIFE_S:.0f} s apart"),
+        ("Order", f"at most {MAX_REASON_CHARS}"),
+        ("Control payloads", f"`order` bytes, at most {MAX_ORDER_BYTES}"),
         ("Envelope", f"{MAX_RECORD_BYTES:,} bytes"),
         ("Document", f"bytes, at most {MAX_BODY_BYTES:,}"),
         ("Document", f"printable text, 1 to {MAX_KIND_CHARS}"),
