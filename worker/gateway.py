@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import aiohttp
@@ -29,13 +29,17 @@ from mesh.errors import (
     ProtocolError,
     WorkerError,
 )
-from mesh.link.frames import MAX_PAYLOAD_BYTES
-from mesh.link.link import IncomingStream
+from mesh.link.frames import MAX_PAYLOAD_BYTES, MAX_TOKENS_DATA_BYTES
+from mesh.link.link import MAX_TRAIL_BYTES, IncomingStream
 from mesh.prefix import HASH_BYTES, MAX_BLOCKS, MAX_TEXT_BYTES, split_chain
 from worker.admission import Admission, Priority
 from worker.engine import ModelSpec, Task
 from worker.engine.client import EngineAnswer, EngineClient
 from worker.metering import Meter, Tally
+from worker.moving.relay import EngineRoutes, Events, prepare
+from worker.moving.resume import Continuation, ResumedEvents, Trailed, continuation, not_resumed
+from worker.moving.tracked import Piece, TrackedEvents
+from worker.moving.trail import parse_trail
 from worker.prefill import Prefill, Prompt, Work
 from worker.pulse import Pulse
 from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, engine_failure, prepare_body, read_answer
@@ -180,10 +184,10 @@ class Gateway:
         body: bytes | bytearray | None = stream.whole_body()
         if body is None:
             async with asyncio.timeout(BODY_DEADLINE_S):
-                body = await stream.read_body(max_bytes=request.size)
-        if len(body) != request.size:
+                body = await stream.read_body(max_bytes=request.trail_size + request.size)
+        if len(body) != request.trail_size + request.size:
             raise ProtocolError("a request body of another length than OPEN announced")
-        prepared = prepare_body(body, task=request.task, engine_model=_renamed(model, request.model))
+        prepared = self._prepare(body, request, model)
         queued = time.monotonic()
         begun = False
 
@@ -205,11 +209,19 @@ class Gateway:
                 stream.accept()
                 queue_s = time.monotonic() - queued
                 with self._tally(stream, request, model, queue_s) as tally:
-                    return await self._ask(stream, request, prepared, on_first, tally, queue_s=queue_s)
+                    return await self._ask(stream, request, model, prepared, on_first, tally, queue_s=queue_s)
         finally:
             self.pulse.begun -= begun
             self._silent.discard(stream)
             self._on_load()
+
+    def _prepare(self, body: bytes | bytearray, request: _Request, model: ModelSpec) -> Prepared | Trailed:
+        task, engine_model = request.task, _renamed(model, request.model)
+        if request.trail_size:
+            return Trailed(parse_trail(bytes(body[: request.trail_size])), body[request.trail_size :])
+        if request.moves:
+            return prepare(body, task, model, engine_model=engine_model)
+        return prepare_body(body, task=task, engine_model=engine_model)
 
     def _model(self, request: _Request) -> ModelSpec:
         for model in self._engine.models:
@@ -223,7 +235,8 @@ class Gateway:
         self,
         stream: IncomingStream,
         request: _Request,
-        prepared: Prepared,
+        model: ModelSpec,
+        prepared: Prepared | Trailed,
         on_first: Callable[[], None],
         tally: Tally,
         *,
@@ -235,14 +248,12 @@ class Gateway:
         headers = {**self._headers, "Content-Type": "application/json", "X-Request-Id": request.id}
         started = time.monotonic()
         try:
-            url = base_url + Task(request.task).path
-            async with await self._post(url, prepared, headers) as response:
-                if response.status != 200:
-                    raise await _refusal(response)
-                if response.content_type == "text/event-stream":
-                    usage = await self._relay_events(stream, response, prepared, on_first, tally)
-                else:
-                    usage = await self._relay_whole(stream, response, on_first, tally)
+            if isinstance(prepared, Trailed):
+                ask = EngineRoutes(self._client, base_url, headers)
+                going_on = await continuation(prepared, request.task, model, _renamed(model, request.model) or request.model, ask)
+                usage = await self._go_on(stream, going_on, base_url, headers, on_first, tally)
+            else:
+                usage = await self._begin(stream, request, model, prepared, base_url, headers, on_first, tally)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._engine.suspect()
             raise EngineUnavailable(f"The worker's engine failed ({type(error).__name__})") from None
@@ -250,6 +261,49 @@ class Gateway:
         tally.engine_ms = round((time.monotonic() - started) * 1000)
         stream.end({**usage.to_trailer(), "queue_ms": round(queue_s * 1000), "engine_ms": tally.engine_ms})
         return usage
+
+    async def _begin(
+        self,
+        stream: IncomingStream,
+        request: _Request,
+        model: ModelSpec,
+        prepared: Prepared,
+        base_url: str,
+        headers: dict[str, str],
+        on_first: Callable[[], None],
+        tally: Tally,
+    ) -> Usage:
+        async with await self._post(base_url + request.task.path, prepared, headers) as response:
+            if response.status != 200:
+                raise await _refusal(response)
+            if response.content_type != "text/event-stream":
+                return await self._relay_whole(stream, response, on_first, tally)
+            head = _Head(stream, on_first, **({"fixed": prepared.fixed} if prepared.fixed else {}))
+            if prepared.fixed == "" and model.token_ids is not None:
+                events = TrackedEvents(model.token_ids, show_usage=prepared.show_usage)
+                return await self._relay_tokens(stream, response, events, head, tally)
+            return await self._relay_events(stream, response, prepared, head, tally)
+
+    async def _go_on(
+        self,
+        stream: IncomingStream,
+        going_on: Continuation,
+        base_url: str,
+        headers: dict[str, str],
+        on_first: Callable[[], None],
+        tally: Tally,
+    ) -> Usage:
+        """With a stream that another worker began."""
+        head, events = _Head(stream, on_first, resumed=len(going_on.ids)), ResumedEvents(going_on)
+        await self._pass_on(stream, events.begin(), head, tally)
+        if not events.over:
+            prepared = Prepared(body=going_on.request(), stream=True, show_usage=True)
+            async with await self._post(base_url + Task.COMPLETIONS.path, prepared, headers) as response:
+                if response.status != 200:
+                    raise not_resumed(await _refusal(response))
+                await self._relay_tokens(stream, response, events, head, tally)
+        head()
+        return events.usage
 
     async def _post(self, url: str, prepared: Prepared, headers: dict[str, str]) -> EngineAnswer:
         """Send a request to the engine; returns once its answer's head is there.
@@ -272,20 +326,11 @@ class Gateway:
         stream: IncomingStream,
         response: EngineAnswer,
         prepared: Prepared,
-        on_first: Callable[[], None],
+        begin: _Head,
         tally: Tally,
     ) -> Usage:
         """Pass events on, whole ones only. HEAD goes with the first, so a request that has had no token can still move."""
         events = tally.stream = EventStream(show_usage=prepared.show_usage)
-        begun = False
-
-        def begin() -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                on_first()
-                stream.send_head({"status": 200, "type": "text/event-stream"})
-
         async for data in response.content.iter_any():
             self.pulse.signs += 1
             try:
@@ -311,6 +356,38 @@ class Gateway:
             tally.passed(rest)
         return events.usage
 
+    async def _relay_tokens(self, stream: IncomingStream, response: EngineAnswer, events: Events, begin: _Head, tally: Tally) -> Usage:
+        """As `_relay_events`, each event with what a successor would need to go on after it."""
+        tally.stream = events
+        async for data in response.content.iter_any():
+            self.pulse.signs += 1
+            try:
+                pieces = events.feed(data)
+            except ValueError:
+                raise EngineUnavailable("The worker's engine sent an event without end") from None
+            await self._pass_on(stream, pieces, begin, tally)
+            if events.over:
+                return events.usage
+            if events.failure is not None:
+                break
+        pieces = events.close()
+        if events.failure is not None:
+            raise self._failed(events.failure)
+        if not events.complete:
+            self._engine.suspect()
+            raise EngineUnavailable("The worker's engine ended its answer in the middle")
+        await self._pass_on(stream, pieces, begin, tally)
+        return events.usage
+
+    async def _pass_on(self, stream: IncomingStream, pieces: Iterable[Piece], begin: _Head, tally: Tally) -> None:
+        for trail, data in pieces:
+            begin()
+            if len(data) > MAX_TOKENS_DATA_BYTES:
+                await self._send(stream, data)  # what is as long as that has no trail
+            elif not stream.send_tokens_now(trail, data):
+                await self._send(stream, data, trail)
+            tally.passed(data)
+
     async def _relay_whole(self, stream: IncomingStream, response: EngineAnswer, on_first: Callable[[], None], tally: Tally) -> Usage:
         pieces, size = [], 0
         async for data in response.content.iter_any():
@@ -333,11 +410,11 @@ class Gateway:
             tally.sent += len(piece)
         return usage or Usage()
 
-    async def _send(self, stream: IncomingStream, data: bytes) -> None:
+    async def _send(self, stream: IncomingStream, data: bytes, trail: bytes | None = None) -> None:
         """Send what may have to wait for the client; the engine owes nothing meanwhile."""
         self.pulse.held += 1
         try:
-            await stream.send(data)
+            await (stream.send(data) if trail is None else stream.send_tokens(trail, data))
         finally:
             self.pulse.held -= 1
 
@@ -372,10 +449,41 @@ class Gateway:
         self._ticking = None
 
 
+class _Head:
+    """Sends HEAD, once, with the first event."""
+
+    __slots__ = ("_fields", "_on_first", "_sent", "_stream")
+
+    def __init__(self, stream: IncomingStream, on_first: Callable[[], None], **fields: Any) -> None:
+        self._stream, self._on_first, self._sent = stream, on_first, False
+        self._fields = {"status": 200, "type": "text/event-stream", **fields}
+
+    def __call__(self) -> None:
+        if not self._sent:
+            self._sent = True
+            self._on_first()
+            self._stream.send_head(self._fields)
+
+
 class _Request:
     """The fields of an OPEN frame, checked. Raises `ProtocolError`."""
 
-    __slots__ = ("at", "attempt", "cost", "deadline_s", "id", "key", "model", "priority", "project", "prompt", "size", "task")
+    __slots__ = (
+        "at",
+        "attempt",
+        "cost",
+        "deadline_s",
+        "id",
+        "key",
+        "model",
+        "moves",
+        "priority",
+        "project",
+        "prompt",
+        "size",
+        "task",
+        "trail_size",
+    )
 
     def __init__(self, head: Mapping[str, Any]) -> None:
         try:
@@ -389,9 +497,13 @@ class _Request:
             self.at = read_int(head, "at", default=0)
             self.priority = Priority(read_int(head, "pri", default=0, high=max(Priority)))
             self.prompt = _prompt(head) if "pfx" in head else None
+            self.moves = "trail" in head
+            self.trail_size = read_int(head, "trail", default=0, high=MAX_TRAIL_BYTES)
             self.deadline_s = read_int(head, "dl", low=1, high=86_400_000) / 1000 if "dl" in head else 0.0
         except (MalformedEnvelope, ValueError) as error:
             raise ProtocolError(f"bad OPEN: {error}") from None
+        if self.trail_size:
+            self.priority = Priority.INTERACTIVE  # what has begun goes before what has not
         self.cost = min(MAX_COST, 1 + self.size / COST_BYTES)
 
 

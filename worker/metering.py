@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Protocol
 
 from mesh.clock import Clock
 from mesh.errors import MeshError, Overloaded, WorkerError
@@ -17,13 +18,19 @@ from mesh.ledger import Ledger
 from mesh.receipts import Kind, Receipt
 from mesh.trust import Role
 from worker.engine import ModelSpec, Task
-from worker.usage import EventStream, Usage
+from worker.usage import Usage
 
 UPTIME_EVERY_S = 60.0
 """A stretch of readiness is written down in pieces of this length: a crash costs at most one of them."""
 AT_MOST_OFF_MS = 3_600_000
 """A proxy's clock that is further from this one's is not believed."""
 RETRY_AFTER_S = 5.0
+
+
+class Counted(Protocol):
+    """A stream of events that knows what its engine said of usage."""
+
+    usage: Usage
 
 
 class Tally:
@@ -40,7 +47,7 @@ class Tally:
         self._clock = clock
         self._asked = asked
         self._started = clock.monotonic()
-        self.stream: EventStream | None = None
+        self.stream: Counted | None = None
         self.usage: Usage | None = None
         self.length = 0
         self.engine_ms = 0
@@ -80,7 +87,7 @@ class Tally:
             cached=usage.cached,
             completion=usage.completion,
             reasoning=usage.reasoning,
-            resumed=asked.resumed,
+            resumed=usage.resumed,
             events=self.events,
             size_bytes=self.sent,
             queue_ms=asked.queue_ms,

@@ -6,7 +6,7 @@ extra event is passed on only to clients that asked for it themselves.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,18 @@ from mesh.errors import EngineUnavailable, InvalidRequest, MeshError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of one request."""
+    """Tokens of one request at one engine. ``resumed`` of the ``prompt`` are an answer that another worker began."""
 
     prompt: int = 0
     completion: int = 0
     cached: int = 0
     reasoning: int = 0
+    resumed: int = 0
 
     def to_trailer(self) -> dict[str, int]:
         fields = {"in": self.prompt, "out": self.completion, "cached": self.cached}
+        if self.resumed:
+            fields["base"] = self.resumed
         return fields | {"think": self.reasoning} if self.reasoning else fields
 
 
@@ -33,7 +36,8 @@ class Usage:
 class Prepared:
     """A request body ready for the engine. ``show_usage``: the client asked for the usage event itself.
 
-    ``wish`` goes before ``body``, in the place of its first ``skip`` bytes.
+    ``wish`` goes before ``body``, in the place of its first ``skip`` bytes. ``fixed``: in one word why its stream cannot go on at another
+    worker, empty if it can; None if nobody asked.
     """
 
     body: bytes | bytearray
@@ -41,6 +45,7 @@ class Prepared:
     show_usage: bool
     wish: bytes = b""
     skip: int = 0
+    fixed: str | None = None
 
     @property
     def size(self) -> int:
@@ -63,28 +68,30 @@ _decode_asked = msgspec.json.Decoder(_Asked).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 LARGE_BYTES = 1 << 20
 PIECE_BYTES = 256 << 10
-_WISH = b'{"stream_options":{"include_usage":true},'
+NO_WISH: Mapping[str, Any] = {}
 
 
-def prepare_body(body: bytes | bytearray, *, task: str, engine_model: str | None) -> Prepared:
+def prepare_body(body: bytes | bytearray, *, task: str, engine_model: str | None, wish: Mapping[str, Any] = NO_WISH) -> Prepared:
     """Change only what must be: the model's name towards the engine, and the wish for usage. Raises `InvalidRequest`.
 
-    ``engine_model`` None leaves the name as it is. Every other field keeps its bytes. In the usual case the wish is put in front of
-    the first field and nothing is encoded again, so a body of many megabytes costs one scan and one copy.
+    ``engine_model`` None leaves the name as it is. ``wish`` are more fields to be set. Every other field keeps its bytes. In the usual
+    case the wish is put in front of the first field and nothing is encoded again, so a body of many megabytes costs one scan and one copy.
     """
     try:
         asked = _decode_asked(body)
         stream, absent = bool(asked.stream), asked.stream_options is msgspec.UNSET
         options = asked.stream_options or None
         show_usage = bool(options and options.get("include_usage"))
-        wish = stream and not show_usage and task in ("chat", "completions")
-        if engine_model is not None or (wish and not absent):
-            body = _rewritten(body, engine_model, {**(options or {}), "include_usage": True} if wish else None)
-        elif wish:
-            skip = body.index(b"{") + 1
+        new: dict[str, Any] = dict(wish)
+        if stream and not show_usage and task in ("chat", "completions"):
+            new["stream_options"] = {**(options or {}), "include_usage": True}
+        if engine_model is not None or any(b'"%b"' % name.encode() in body for name in wish) or (not absent and "stream_options" in new):
+            body = _rewritten(body, engine_model, new)
+        elif new:
+            skip, front = body.index(b"{") + 1, msgspec.json.encode(new)[:-1] + b","
             if len(body) >= LARGE_BYTES:
-                return Prepared(body=body, stream=stream, show_usage=False, wish=_WISH, skip=skip)
-            body = _WISH + body[skip:]
+                return Prepared(body=body, stream=stream, show_usage=show_usage, wish=front, skip=skip)
+            body = front + body[skip:]
     except msgspec.ValidationError as error:
         param = str(error).partition("`$.")[2].partition("`")[0].partition(".")[0] or None
         raise InvalidRequest(f"The request body is not valid: {error}", param=param) from None
@@ -95,14 +102,12 @@ def prepare_body(body: bytes | bytearray, *, task: str, engine_model: str | None
     return Prepared(body=body, stream=stream, show_usage=show_usage)
 
 
-def _rewritten(body: bytes | bytearray, engine_model: str | None, options: dict[str, Any] | None) -> bytes:
-    """The body with the model's name, the stream's options or both replaced."""
+def _rewritten(body: bytes | bytearray, engine_model: str | None, new: dict[str, Any]) -> bytes:
+    """The body with the model's name and other fields replaced."""
     fields = _decode_fields(body)
     if engine_model is not None:
-        fields["model"] = msgspec.Raw(msgspec.json.encode(engine_model))
-    if options is not None:
-        fields["stream_options"] = msgspec.Raw(msgspec.json.encode(options))
-    return msgspec.json.encode(fields)
+        new = {"model": engine_model, **new}
+    return msgspec.json.encode({**fields, **new})
 
 
 _ABSENT = msgspec.Raw()
@@ -218,7 +223,7 @@ class EventStream:
 
     def feed(self, data: bytes) -> bytes:
         """Raises `ValueError` if one event grows beyond `MAX_EVENT_BYTES`."""
-        whole = data if not self._rest and data.endswith(b"\n\n") else self._cut(data)
+        whole = self.cut(data)
         if b'"usage"' not in whole and b"[DONE]" not in whole and b"response." not in whole and b'"error"' not in whole:
             return whole
         return self._look(whole)
@@ -228,13 +233,20 @@ class EventStream:
 
         Passed on only if it is the stream's proper end; else it may be half an event, and that is dropped.
         """
-        rest, self._rest = bytes(self._rest), bytearray()
-        last = self._look(rest.rstrip(b"\r\n") + b"\n\n") if rest.strip() else b""
+        rest = self.rest()
+        last = self._look(rest) if rest else b""
         return last if self.complete else b""
 
-    def _cut(self, data: bytes) -> bytes:
+    def rest(self) -> bytes:
+        """What is left, as if its closing blank line were there."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        return rest.rstrip(b"\r\n") + b"\n\n" if rest.strip() else b""
+
+    def cut(self, data: bytes) -> bytes:
         """All whole events so far; what is left waits for the next read. Looks at no byte twice, however small the reads."""
         rest = self._rest
+        if not rest and data.endswith(b"\n\n"):
+            return data
         at = max(0, len(rest) - 3)
         rest += data
         lf, crlf = rest.rfind(b"\n\n", at), rest.rfind(b"\n\r\n", at)

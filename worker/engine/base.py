@@ -53,6 +53,13 @@ _PATHS: Mapping[Task, str] = {
 }
 
 
+class TokenIds(StrEnum):
+    """How an engine tells the ids of the tokens it makes, and of a prompt's: the names are those of the servers that do it so."""
+
+    VLLM = "vllm"
+    LLAMACPP = "llamacpp"
+
+
 # ------------------------------------------------------------------------------------------------- what is to be served
 
 
@@ -92,7 +99,8 @@ class ModelSpec:
     """A model that is being served.
 
     `name` is what the mesh calls it and `engine_name` what to call it towards the engine (usually the same).
-    `digest` is `sha256:HEX` of the weights where known, `context_tokens` prompt and answer together.
+    `digest` is `sha256:HEX` of the weights where known, `context_tokens` prompt and answer together. `token_ids` None: the
+    engine does not tell them, so its streams cannot go on elsewhere.
     """
 
     name: str
@@ -101,6 +109,7 @@ class ModelSpec:
     context_tokens: int | None = None
     digest: str | None = None
     adapters: tuple[str, ...] = ()
+    token_ids: TokenIds | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
