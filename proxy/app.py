@@ -38,6 +38,7 @@ from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
 from proxy.metering import Meter, Noted
 from proxy.metrics import Metrics
+from proxy.moves import Moves
 from proxy.openai import TASKS, Call, model_list, model_object, parse_call, timeout_of
 from proxy.respond import error_response
 from proxy.retry import RetryBudget, RetryPolicy, counts_against_worker, spends
@@ -79,6 +80,8 @@ class App:
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
         self._budget = metrics.budget = RetryBudget(config.retry_share)
+        self._moves = Moves(fleet, enabled=config.move_streams, policy=self._retry)
+        metrics.follow(self._moves)
         self.bodies = Bodies(most_bytes=config.max_body_bytes, room_bytes=config.max_bodies_bytes, patience_s=config.body_timeout_s)
         self._attempts: set[Attempt] = set()
         self._created = int(time.time())
@@ -202,7 +205,10 @@ class App:
         return {name for name in self._views.ready_models() if key.may_use(name)}
 
     async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        return web.json_response(self._views.status(in_flight=self.in_flight, draining=self.draining), headers={"x-request-id": request_id})
+        return web.json_response(
+            self._views.status(in_flight=self.in_flight, draining=self.draining, moves=self._moves.counts()),
+            headers={"x-request-id": request_id},
+        )
 
     async def _workers(self, request: web.BaseRequest, request_id: str) -> web.Response:
         return web.json_response({"workers": self._views.workers()}, headers={"x-request-id": request_id})
@@ -243,7 +249,9 @@ class App:
             return response
         except _BrokenOff as broken:
             code = broken.error.code
-            return broken.response
+            log.warning("request.broken_off", request_id=request_id, code=code, reason=broken.error.message)
+            broken.downstream.break_off(broken.error)
+            return broken.downstream.response()
         except MeshError as error:
             code = error.code
             raise
@@ -262,7 +270,7 @@ class App:
                 self._metrics.duration(model).observe(ended - started)
 
     async def _serve(self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call, noted: Noted) -> web.StreamResponse:
-        """Attempt after attempt until one succeeds, none is left, or the client has been given a byte."""
+        """Attempt after attempt until one succeeds or none is left; once the client has a byte, to go on with the same answer."""
         transport = request.transport
         if transport is None:
             raise ConnectionResetError
@@ -272,13 +280,15 @@ class App:
         self._budget.request(now)
         if timeout_s := timeout_of(request.headers.get("x-request-timeout"), self._config.deadline_s):
             plan.deadline = now + timeout_s
+        passage = plan.passage = self._moves.passage(call, request_id)
         failed = refused = 0
         last: MeshError | None = None
         while True:
             choice = self._router.choose(plan, request_id)
             if choice is None:
+                error = last or self._nobody(call)
                 self._fleet.blame(plan.failures, answered=False)
-                raise last or self._nobody(call)
+                raise _BrokenOff(error, downstream) if downstream.started else error
             worker = choice.worker
             try:
                 await self._attempt(plan, worker, downstream, request_id, key, noted)
@@ -291,10 +301,13 @@ class App:
                     worker.failed += 1
                     plan.failures.append((worker, error.code))
                 if downstream.started:
-                    self._fleet.blame(plan.failures, answered=False)
-                    log.warning("request.broken_off", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code)
-                    downstream.break_off(error)
-                    raise _BrokenOff(error, downstream.response()) from error
+                    avoid = await self._moves.lost(passage if downstream.is_stream else None, call, worker, error)
+                    if isinstance(avoid, MeshError):
+                        self._fleet.blame(plan.failures, answered=False)
+                        raise _BrokenOff(avoid, downstream) from error
+                    self._router.elsewhere(plan, avoid)
+                    last = error
+                    continue
                 refused += isinstance(error, Overloaded)
                 if not self._may_retry(error, failed=failed, refused=refused):
                     self._fleet.blame(plan.failures, answered=False)
@@ -302,6 +315,8 @@ class App:
                 log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)
                 self._metrics.retries(error.code).inc()
                 downstream.forget_head()
+                if passage is not None:
+                    passage.trail.clear()
                 last = error
             else:
                 self._fleet.succeeded(worker)
@@ -321,7 +336,7 @@ class App:
         if key.has_role(KeyRole.VIEWER) or key.has_role(KeyRole.ADMIN):
             headers["x-mesh-worker"] = worker.node_id.hex()[:12]
             headers["x-mesh-reason"] = plan.explain(now)
-        attempt = Attempt(worker, downstream, headers, loop=self._loop, now=now, tokens=plan.tokens - plan.expected)
+        attempt = Attempt(worker, downstream, headers, loop=self._loop, now=now, tokens=plan.tokens - plan.expected, passage=plan.passage)
         head: dict[str, Any] = {
             "id": request_id,
             "task": call.task,
@@ -340,6 +355,8 @@ class App:
             head["dl"] = max(1, round((plan.deadline - now) * 1000))
             timer = asyncio.get_running_loop().call_at(plan.deadline, attempt.fail, DeadlineExceeded())
         attempt.may_move = not plan.failures and plan.choice is not None and plan.choice.of > 1
+        if plan.passage is not None:
+            head["trail"] = len(plan.passage.trail)
         worker.in_flight += 1
         self._attempts.add(attempt)
         on_trial = self._fleet.begin(worker)
@@ -394,12 +411,12 @@ class App:
 
 
 class _BrokenOff(Exception):
-    """An answer that ended in the middle; the client has been told in-band and ``response`` closes the connection."""
+    """An answer that ends in the middle: its client is told in-band, and the connection is not ended cleanly."""
 
-    def __init__(self, error: MeshError, response: web.StreamResponse) -> None:
+    def __init__(self, error: MeshError, downstream: Downstream) -> None:
         super().__init__(error.message)
         self.error = error
-        self.response = response
+        self.downstream = downstream
 
 
 def _from_this_machine(request: web.BaseRequest) -> bool:

@@ -54,6 +54,7 @@ class ProxyConfig(NodeConfig):
     keep_receipts_s: float = setting(
         92 * 86400.0, metavar="TIME", help="How long this node keeps its receipts, from which usage and bills are made."
     )
+    move_streams: bool = setting(True, help="Go on at another worker with a stream that has lost its own, where that is exact.")
     retry_limit: int = setting(2, metavar="N", help="Other workers tried for a request that failed before its first byte.")
     retry_share: float = setting(
         0.2, metavar="SHARE", help="Retries over requests, at most, within 10 s; 64 are always allowed, and so are those whose worker died."

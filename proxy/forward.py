@@ -12,6 +12,7 @@ from mesh.link.link import OutgoingStream
 from proxy.downstream import Downstream
 from proxy.fleet import Worker
 from proxy.health import Flow
+from proxy.moves import Passage
 
 SLOW_CLIENT_BYTES = 64 * 1024
 """With more than this unsent to the client, the worker gets no more credit until it has drained."""
@@ -23,6 +24,7 @@ class Attempt:
     """Implements `mesh.link.link.StreamSink`. ``await run()`` returns the worker's trailer or raises what went wrong.
 
     ``tokens`` is the prefill it gives the worker to do, 0 if that is too little to count; ``loop`` the running one, ``now`` its time.
+    ``passage`` follows a stream, so that it can go on at another worker; this attempt goes on with it if it has begun.
     """
 
     __slots__ = (
@@ -34,6 +36,9 @@ class Attempt:
         "_headers",
         "_held",
         "_loop",
+        "_passage",
+        "_resumes",
+        "_sent_before",
         "_started_at",
         "_stream",
         "_tokens",
@@ -55,6 +60,7 @@ class Attempt:
         loop: asyncio.AbstractEventLoop,
         now: float,
         tokens: int = 0,
+        passage: Passage | None = None,
     ) -> None:
         self.worker = worker
         self.accepted_at: float | None = None
@@ -66,6 +72,9 @@ class Attempt:
         self._transport = downstream.transport
         self._headers = headers
         self._tokens = tokens
+        self._passage = passage
+        self._resumes = downstream.started
+        self._sent_before = downstream.bytes_sent
         self._started_at = now
         self._held = 0
         self._worker_seen = (0, 0)
@@ -82,8 +91,12 @@ class Attempt:
         if self._tokens:
             self.worker.sent(stream.number, self._tokens)
         try:
-            if not stream.send_whole(body):
+            if self._passage is not None:
+                stream.trail = self._passage.trail
+            if self._resumes or not stream.send_whole(body):
                 try:
+                    if self._resumes and self._passage is not None:
+                        await stream.send(bytes(self._passage.trail))
                     await stream.send(body)
                 except WorkerLost:
                     return await self._done  # the answer came early, or the link broke: either way it is said there
@@ -135,7 +148,7 @@ class Attempt:
         if self.first_byte_at is None or self.accepted_at is None:
             return None
         is_stream = self._downstream.is_stream
-        since, sent = self._flow or (self.first_byte_at if is_stream else self.accepted_at, 0)
+        since, sent = self._flow or (self.first_byte_at if is_stream else self.accepted_at, self._sent_before)
         first_s = None if self._flow or self._tokens or not is_stream else self.first_byte_at - self.accepted_at
         self._flow = (now, self._downstream.bytes_sent)
         return None if self._held else Flow(is_stream, first_s, self._downstream.bytes_sent - sent, max(1e-6, now - since))
@@ -154,6 +167,12 @@ class Attempt:
         if self._tokens and self._stream is not None:
             self.worker.settled(self._stream.number)
         try:
+            if self._resumes and self._passage is not None:
+                self._passage.resume(head, self.worker)
+                self._resumes = False
+                return
+            if self._passage is not None:
+                self._passage.begin(head)
             self._headers["openai-processing-ms"] = str(round((self._loop.time() - self._started_at) * 1000))
             self._downstream.prepare(head, self._headers)
         except ProtocolError as error:
@@ -164,6 +183,9 @@ class Attempt:
             return
         if self.first_byte_at is None:
             self.first_byte_at = self._loop.time()
+            if self._resumes:
+                self.fail(ProtocolError("DATA before HEAD"))
+                return
         try:
             self._downstream.write(data)
         except ProtocolError as error:
@@ -178,6 +200,8 @@ class Attempt:
         if self._done.done():
             return
         try:
+            if self._resumes:
+                raise ProtocolError("END before HEAD")
             self._downstream.finish()
         except ProtocolError as error:
             self._done.set_exception(error)
@@ -221,8 +245,10 @@ def cached_of(trailer: Mapping[str, Any]) -> int:
 
 
 def usage_of(trailer: Mapping[str, Any]) -> tuple[int, int]:
-    """Prompt and completion tokens from a trailer; zeros where a worker sent nonsense."""
+    """Prompt and completion tokens of the whole answer from the last trailer; zeros where a worker sent nonsense."""
     try:
-        return read_int(trailer, "in", default=0, high=10**9), read_int(trailer, "out", default=0, high=10**9)
+        prompt, completion = read_int(trailer, "in", default=0, high=10**9), read_int(trailer, "out", default=0, high=10**9)
+        resumed = read_int(trailer, "base", default=0, high=prompt)
+        return prompt - resumed, completion + resumed
     except MalformedEnvelope:
         return 0, 0

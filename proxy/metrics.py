@@ -16,6 +16,7 @@ from proxy.choose import REASONS
 from proxy.directory_metrics import DirectoryCollector
 from proxy.fleet import STANDINGS, Fleet, Worker
 from proxy.health import Cause
+from proxy.moves import Moves
 from proxy.retry import RetryBudget
 from proxy.tally import Count, Counts, Spread, Spreads
 
@@ -45,6 +46,10 @@ class Metrics:
         self.registry.register(_FleetCollector(fleet))
         self.registry.register(_RoutingCollector(self, fleet))
         self.registry.register(DirectoryCollector(directory, lookups or Durations(), record_ages))
+
+    def follow(self, moves: Moves) -> None:
+        """Show what becomes of streams that lose their worker, too."""
+        self.registry.register(_MovesCollector(moves))
 
     def _counter(self, name: str, text: str, *labels: str) -> Callable[..., Count]:
         """The counter's children by the values of its labels."""
@@ -84,6 +89,28 @@ class _RoutingCollector(Collector):
         yield CounterMetricFamily("infermesh_retries_refused", text, value=self._metrics.budget.refused)
         yield GaugeMetricFamily(
             "infermesh_prefix_hashes", "Different prefixes known to be held by workers.", value=len(self._fleet.prefixes)
+        )
+
+
+class _MovesCollector(Collector):
+    def __init__(self, moves: Moves) -> None:
+        self._moves = moves
+
+    def collect(self) -> Iterable[Metric]:
+        moved = CounterMetricFamily(
+            "infermesh_streams_moved", "Streams that went on at another worker, by what lost them theirs.", labels=("code",)
+        )
+        for code, count in self._moves.moved.items():
+            moved.add_metric((code,), count)
+        yield moved
+        stuck = CounterMetricFamily(
+            "infermesh_streams_stuck", "Streams that lost their worker and could not go on at another, by why.", labels=("reason",)
+        )
+        for reason, count in self._moves.stuck.items():
+            stuck.add_metric((reason,), count)
+        yield stuck
+        yield CounterMetricFamily(
+            "infermesh_moved_tokens", "Tokens of answers that were carried to another worker.", value=self._moves.tokens
         )
 
 

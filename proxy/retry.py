@@ -1,7 +1,7 @@
 """When to try again, and where. Pure.
 
-A request that has not given its client a byte may be tried on another worker; one that has may not. A client's own mistake is never
-tried again, and never held against a worker.
+A request that has not given its client a byte may be tried on another worker; of those that have, only a stream that is followed token by
+token may move (`proxy.moves`). A client's own mistake is never tried again, and never held against a worker.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ FLOOR = 64
 class RetryPolicy:
     """``failures`` attempts may fail before the client is told; being turned away by a full worker does not count as one.
 
-    After ``refusals`` full workers the mesh counts as full: asking hundreds more would only add to the load.
+    After ``refusals`` full workers the mesh counts as full: asking hundreds more would only add to the load. A stream that has lost its
+    worker may fail at ``moves`` others in a row.
     """
 
     failures: int = 3
     refusals: int = 8
+    moves: int = 3
 
     def again(self, error: MeshError, *, failed: int, refused: int = 0, started: bool) -> bool:
         """Whether to try elsewhere after ``error``; ``failed`` and ``refused`` count it."""
@@ -34,6 +36,10 @@ class RetryPolicy:
         if isinstance(error, UpstreamTimeout):
             return False  # the client has waited long enough
         return isinstance(error, WorkerError) and failed < self.failures
+
+    def moves_on(self, error: MeshError, *, failed: int, refused: int) -> bool:
+        """Whether to offer a stream to another worker; ``failed`` and ``refused`` count those that did not take it since it went on."""
+        return refused < self.refusals if isinstance(error, Overloaded) else failed < self.moves
 
 
 def counts_against_worker(error: MeshError) -> bool:

@@ -17,6 +17,7 @@ from mesh.prefix import Chain, join_chain
 from proxy.choose import NONE_CACHED, POLICIES, Choice, Wish
 from proxy.fleet import Fleet, Worker
 from proxy.metrics import Metrics
+from proxy.moves import Passage
 from proxy.openai import Call, priority_of, prompt_of, session_of
 
 log = structlog.get_logger(__name__)
@@ -41,6 +42,7 @@ class Plan:
         "expected",
         "failures",
         "header",
+        "passage",
         "priority",
         "project",
         "reroutes",
@@ -63,6 +65,7 @@ class Plan:
         self.failures: list[tuple[Worker, str]] = []
         self.reroutes = 0
         self.choice: Choice[Worker] | None = None
+        self.passage: Passage | None = None
 
     def head(self) -> dict[str, Any]:
         """What OPEN says of it beyond the request itself."""
@@ -131,6 +134,11 @@ class Router:
         if plan.chain:
             self._fleet.prefixes.hope(choice.worker, plan.chain, now=now)
         return choice
+
+    def elsewhere(self, plan: Plan, avoid: frozenset[bytes]) -> None:
+        """An answer that has begun goes on at another worker, which is to take it whatever it has to do."""
+        plan.avoid = avoid
+        plan.reroutes = MOST_REROUTES
 
     def rerouted(self, plan: Plan) -> bool:
         """Its worker sent it back, and so does not hold the prompt. Whether that is in order: only if it was allowed to."""

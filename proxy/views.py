@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mesh.clock import Clock
@@ -35,13 +35,14 @@ class Views:
     def workers(self) -> list[dict[str, Any]]:
         return [self._worker(record) for record in self.records(Role.WORKER)]
 
-    def status(self, *, in_flight: int, draining: bool) -> dict[str, Any]:
+    def status(self, *, in_flight: int, draining: bool, moves: Mapping[str, int]) -> dict[str, Any]:
         return {
             "mesh": self._mesh,
             "proxy": {
                 "id": self._own().node_id.hex(),
                 "in_flight": in_flight,
                 "draining": draining,
+                "streams": dict(moves),
                 "models": sorted(self._fleet.models()),
             },
             "proxies": self._all_proxies(),

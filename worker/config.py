@@ -52,6 +52,7 @@ class WorkerConfig(NodeConfig):
     keep_receipts_s: float = setting(
         92 * 86400.0, metavar="TIME", help="How long this node keeps its receipts, from which usage and bills are made."
     )
+    token_ids: bool = setting(True, help="Ask the engine for token ids, so that a stream can go on at another worker if this one is lost.")
     record_ttl_s: float = setting(20.0, metavar="TIME", help="Life of this worker's record in the directory: 15s to 30s.")
 
     def __post_init__(self) -> None:

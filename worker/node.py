@@ -185,6 +185,7 @@ def engine_spec(config: WorkerConfig) -> EngineSpec:
         url=config.engine_url or None,
         api_key_env=config.engine_key_env or None,
         parallel=config.parallel or EngineSpec.parallel,
+        token_ids=config.token_ids,
     )
 
 

@@ -23,7 +23,7 @@ import pytest
 from mesh.errors import EngineError
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode
 from tests.support.processes import gone
-from worker.engine import EngineKind, EngineSpec, Readiness, Stage, Supervisor, Task, Timing, make_engine
+from worker.engine import EngineKind, EngineSpec, Readiness, Stage, Supervisor, Task, Timing, TokenIds, make_engine
 from worker.engine.child import reserve_port
 
 FAKE = Path(__file__).parents[1] / "support" / "fake_engine.py"
@@ -120,7 +120,8 @@ async def test_engine_goes_through_the_stages_and_is_ready_after_real_answers(sp
         assert served.context_tokens == 4_096
         assert served.digest is not None
         stats = await ask(supervisor, "GET", "/stats")
-        assert stats["finished"] == len(Task)
+        assert served.token_ids is TokenIds.VLLM
+        assert stats["finished"] == len(Task) + 1, "one more to see whether it tells token ids"
         assert supervisor.load is not None
         assert supervisor.load.running == 0
     assert watch.stages()[-1] is Stage.DRAINING

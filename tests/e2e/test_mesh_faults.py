@@ -45,9 +45,9 @@ class Outcome:
         return found
 
 
-async def ask(small: SmallMesh, text: str, *, stream: bool, max_tokens: int, first: asyncio.Event | None = None) -> Outcome:
+async def ask(small: SmallMesh, text: str, *, stream: bool, max_tokens: int, first: asyncio.Event | None = None, **more: object) -> Outcome:
     outcome = Outcome()
-    body = chat_body(text, stream=stream, max_tokens=max_tokens)
+    body = chat_body(text, stream=stream, max_tokens=max_tokens, **more)
     try:
         async with small.mesh.http.post(small.chat_url, json=body, headers=small.headers) as response:
             outcome.status = response.status
@@ -64,12 +64,16 @@ async def ask(small: SmallMesh, text: str, *, stream: bool, max_tokens: int, fir
     return outcome
 
 
-async def test_kill_of_a_worker_with_fifty_requests_in_flight_loses_only_begun_streams_and_says_so(small: SmallMesh) -> None:
+async def test_kill_of_a_worker_with_fifty_requests_in_flight_loses_only_streams_that_cannot_move_and_says_so(small: SmallMesh) -> None:
     victim, survivor = small.workers
     victim_engine = small.engines[0]
-    plain = [asyncio.create_task(ask(small, f"plain {n}", stream=False, max_tokens=30)) for n in range(25)]
-    begun = [asyncio.Event() for _ in range(25)]
-    streams = [asyncio.create_task(ask(small, f"stream {n}", stream=True, max_tokens=30, first=begun[n])) for n in range(25)]
+    plain = [asyncio.create_task(ask(small, f"plain {n}", stream=False, max_tokens=30)) for n in range(20)]
+    begun = [asyncio.Event() for _ in range(40)]
+    streams = [asyncio.create_task(ask(small, f"stream {n}", stream=True, max_tokens=30, first=begun[n])) for n in range(20)]
+    fixed = [
+        asyncio.create_task(ask(small, f"fixed {n}", stream=True, max_tokens=30, first=begun[20 + n], presence_penalty=0.1))
+        for n in range(20)
+    ]
     await asyncio.wait_for(asyncio.gather(*(event.wait() for event in begun)), 30)
     await asyncio.wait_for(victim_engine.until(lambda stats: stats.running > 0), 30)
     assert victim_engine.stats.running >= 15, "the victim should have its share of the load when it dies"
@@ -78,14 +82,23 @@ async def test_kill_of_a_worker_with_fifty_requests_in_flight_loses_only_begun_s
     seen_by_victim = victim_engine.stats.started
     plain_outcomes = await asyncio.gather(*plain)
     stream_outcomes = await asyncio.gather(*streams)
+    fixed_outcomes = await asyncio.gather(*fixed)
 
-    assert [outcome.status for outcome in plain_outcomes] == [200] * 25, "no plain request had had a byte: all succeed elsewhere"
+    assert [outcome.status for outcome in plain_outcomes] == [200] * 20, "no plain request had had a byte: all succeed elsewhere"
     for n, outcome in enumerate(plain_outcomes):
         message = outcome.body["choices"][0]["message"]["content"]  # type: ignore[index]
         assert message == answer_to([{"role": "user", "content": f"plain {n}"}], 30)
-    whole = [outcome for outcome in stream_outcomes if outcome.done]
-    lost = [outcome for outcome in stream_outcomes if not outcome.done]
-    assert lost, "the victim had begun streams"
+    for n, outcome in enumerate(stream_outcomes):
+        assert outcome.text == answer_to([{"role": "user", "content": f"stream {n}"}], 30), "no token missing, none twice"
+        assert outcome.done
+        assert not outcome.broken
+        assert not outcome.error_event
+    status = await small.mesh.get(f"{small.proxy.root}/mesh/v1/status", small.key)
+    moves = status[1]["proxy"]["streams"]
+    assert moves["moved"] > 0, "the victim had begun streams"
+    whole = [outcome for outcome in fixed_outcomes if outcome.done]
+    lost = [outcome for outcome in fixed_outcomes if not outcome.done]
+    assert moves["stuck"] == len(lost) > 0, "the victim had begun streams that cannot move, too"
     assert whole, "so had the survivor"
     for outcome in whole:
         assert not outcome.broken
@@ -148,7 +161,7 @@ async def test_client_that_goes_away_stops_the_engines_work(small: SmallMesh) ->
 async def test_engine_that_cuts_its_stream_becomes_an_error_for_the_client(small: SmallMesh) -> None:
     for engine in small.engines:
         engine.misbehave(Misbehaviour(mode=Mode.CUT, after_tokens=3))
-    outcome = await ask(small, "cut me", stream=True, max_tokens=20)
+    outcome = await ask(small, "cut me", stream=True, max_tokens=20, presence_penalty=0.1)
     assert outcome.error_event
     assert outcome.broken
     assert not outcome.done
@@ -157,7 +170,7 @@ async def test_engine_that_cuts_its_stream_becomes_an_error_for_the_client(small
 async def test_engine_that_ends_early_but_cleanly_is_not_believed(small: SmallMesh) -> None:
     for engine in small.engines:
         engine.misbehave(Misbehaviour(mode=Mode.END, after_tokens=3))
-    outcome = await ask(small, "end me", stream=True, max_tokens=20)
+    outcome = await ask(small, "end me", stream=True, max_tokens=20, presence_penalty=0.1)
     assert outcome.error_event
     assert not outcome.done
 

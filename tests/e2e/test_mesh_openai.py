@@ -266,8 +266,8 @@ def test_kill_of_a_worker_under_load_on_the_real_engine(up: LocalUp) -> None:
     assert len(outcomes) == 12
     assert [result for stream, result in outcomes if not stream] == ["done"] * 6
     results = [result for stream, result in outcomes if stream]
-    assert set(results) <= {"done", "error"}, "a stream ends complete or with an error, never cut and silent"
-    assert "error" in results, "the killed worker had begun streams"
+    assert results == ["done"] * 6, "streams go on at the other worker"
+    assert json.loads(up.mesh("status", "--json").stdout)["proxy"]["streams"]["moved"] > 0, "the killed worker had begun streams"
 
 
 def raw_post(up: LocalUp, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:

@@ -617,7 +617,8 @@ async def test_stream_that_loses_its_worker_ends_with_an_error_event_and_never_c
         answer = await wire.answer()
         assert not answer.complete
         assert answer.body.startswith(EVENT + EVENT)
-        assert answer.events()[-1]["error"]["code"] == "worker_lost"
+        assert answer.events()[-1]["error"]["code"] == "not_movable"
+        assert "link" in answer.events()[-1]["error"]["message"]
         assert DONE not in answer.body
         assert wire.ended
     assert other.heads == []
@@ -667,7 +668,8 @@ async def test_stream_that_stalls_is_broken_off(make: Make) -> None:
     worker = await front.worker(begins)
     answer = await ask(front, body=chat(stream=True))
     assert not answer.complete
-    assert answer.events()[-1]["error"]["code"] == "upstream_timeout"
+    assert answer.events()[-1]["error"]["code"] == "not_movable"
+    assert "no sign" in answer.events()[-1]["error"]["message"]
     await worker.until(lambda: worker.cancelled == 1)
 
 
@@ -734,7 +736,7 @@ async def test_worker_that_breaks_the_links_rules_costs_its_own_link_only(front:
     await other.until(EVENT + EVENT)
     evil.link.send_control(Frame.LOAD, {"run": -1})
     answer = await one.answer()
-    assert answer.events()[-1]["error"]["code"] == "worker_lost"
+    assert answer.events()[-1]["error"]["code"] == "not_movable"
     assert not good.proxy_link.closed
     assert not other.ended
     other.close()
@@ -917,7 +919,7 @@ async def test_engine_that_breaks_in_a_stream_is_an_error_event_or_another_worke
         assert engine.stats.failed == 1
         assert not answer.complete
         last = answer.body.rsplit(b"\n\n", 2)[-2]
-        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_unavailable"
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "not_movable"
         assert DONE not in answer.body
         assert not worker.proxy_link.closed
         engine.misbehave(None)

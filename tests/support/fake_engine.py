@@ -45,6 +45,7 @@ from typing import Any
 from aiohttp import web
 
 VOCABULARY = 1_000
+FIRST_HALF, SECOND_HALF, HALVES = 900, 950, 50
 SEEN_IDS = 16
 DEFAULT_MAX_TOKENS = 16
 CONTEXT_TOKENS = 4_096
@@ -109,6 +110,7 @@ class Stats:
     running: int = 0
     waiting: int = 0
     health_checks: int = 0
+    tokenized: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     requests: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
@@ -135,10 +137,54 @@ def decode(token: int) -> str:
     return f" t{token}"
 
 
-def next_token(ids: list[int]) -> int:
-    """A function of the last ids and their number."""
+def next_token(ids: list[int], *, split: bool = False) -> int:
+    """A function of the last ids and their number. ``split``: half of a character is followed by its other half, and by nothing else."""
     seen = ids[-SEEN_IDS:]
-    return zlib.crc32(struct.pack(f"<{len(seen) + 1}I", len(ids), *seen)) % VOCABULARY
+    drawn = zlib.crc32(struct.pack(f"<{len(seen) + 1}I", len(ids), *seen))
+    if not split:
+        return drawn % VOCABULARY
+    return SECOND_HALF + drawn % HALVES if FIRST_HALF <= ids[-1] < SECOND_HALF else drawn % SECOND_HALF
+
+
+def speak(ids: list[int], *, split: bool = False) -> str:
+    """The text of ids; ``split``: the highest hundred are halves of characters, the first half with a space before it."""
+    if not split:
+        return "".join(map(decode, ids))
+    return b"".join(map(_half, ids)).decode("utf-8", "replace")
+
+
+def _half(token: int) -> bytes:
+    if token < FIRST_HALF:
+        return decode(token).encode()
+    return b" \xf0\x9f" if token < SECOND_HALF else b"\x98" + bytes([0x80 + token % 0x30])
+
+
+class Speech:
+    """How vLLM gives text out: whole characters only, and less the length of the longest stop string while there are some."""
+
+    def __init__(self, *, split: bool, stops: tuple[str, ...], include_stop: bool) -> None:
+        self.ids: list[int] = []
+        self.stopped = False
+        self._split, self._stops, self._include = split, stops, include_stop
+        self._hold = 0 if include_stop else max((len(stop) for stop in stops), default=1) - 1
+        self._told = self._whole = ""
+
+    def say(self, token: int, *, is_last: bool) -> str:
+        """What goes out with this token."""
+        self.ids.append(token)
+        if not self._split and not self._stops:
+            return decode(token)
+        text = speak(self.ids, split=self._split)
+        if not text.endswith("\ufffd") or is_last:
+            self._whole = text
+        for stop in self._stops:
+            at = self._whole.find(stop)
+            if at >= 0:
+                self.stopped = True
+                self._whole = self._whole[: at + (len(stop) if self._include else 0)]
+        end = max(len(self._told), len(self._whole) - (0 if is_last or self.stopped else self._hold))
+        out, self._told = self._whole[len(self._told) : end], self._whole[:end]
+        return out
 
 
 def embed(text: str) -> list[float]:
@@ -159,14 +205,17 @@ def _text(content: Any) -> str:
     return str(content)
 
 
-def answer_to(messages: list[dict[str, Any]], max_tokens: int = DEFAULT_MAX_TOKENS) -> str:
+def answer_to(messages: list[dict[str, Any]], max_tokens: int = DEFAULT_MAX_TOKENS, *, split: bool = False) -> str:
     """What the model says to these messages; for a test to compare with."""
-    ids = encode(render(messages))
-    said = []
-    for _ in range(max_tokens):
-        ids.append(next_token(ids))
-        said.append(decode(ids[-1]))
-    return "".join(said)
+    return speak(continue_ids(encode(render(messages)), max_tokens, split=split), split=split)
+
+
+def continue_ids(prompt: list[int], count: int, *, split: bool = False) -> list[int]:
+    """The next ids after a prompt's."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(next_token(ids, split=split))
+    return ids[len(prompt) :]
 
 
 # --------------------------------------------------------------------------------------------------- shapes of the answers
@@ -185,6 +234,8 @@ class Job:
     stream: bool
     include_usage: bool
     token_ids: bool
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
 
     @property
     def is_chat(self) -> bool:
@@ -208,19 +259,17 @@ def first_events(job: Job) -> list[dict[str, Any]]:
         return []
     choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
     event = {**job.envelope("chat.completion.chunk"), "choices": [choice]}
-    return [event | {"prompt_token_ids": job.prompt_ids} if job.token_ids else event]
+    return [event | {"prompt_token_ids": job.prompt_ids if job.token_ids else None}]
 
 
-def token_event(job: Job, token: int, is_first: bool, is_last: bool) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": job.finish_reason if is_last else None}
+def token_event(job: Job, token: int, text: str, finish: str | None, is_first: bool) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
     if job.is_chat:
-        choice["delta"] = {"content": decode(token)}
+        choice["delta"] = {"content": text}
     else:
-        choice["text"] = decode(token)
-    if job.token_ids:
-        choice["token_ids"] = [token]
-        if is_first and not job.is_chat:
-            choice["prompt_token_ids"] = job.prompt_ids
+        choice["text"] = text
+        choice["prompt_token_ids"] = job.prompt_ids if is_first and job.token_ids else None
+    choice["token_ids"] = [token] if job.token_ids else None
     return {**job.envelope("chat.completion.chunk" if job.is_chat else "text_completion"), "choices": [choice]}
 
 
@@ -229,11 +278,10 @@ def usage_event(job: Job, completion_tokens: int) -> dict[str, Any]:
     return {**job.envelope(kind), "choices": [], "usage": job.usage(completion_tokens)}
 
 
-def whole_answer(job: Job, tokens: list[int]) -> dict[str, Any]:
-    text = "".join(decode(token) for token in tokens)
+def whole_answer(job: Job, tokens: list[int], text: str, finish: str) -> dict[str, Any]:
     if job.route == "responses":
         return response_object(job, text, len(tokens), "completed")
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": job.finish_reason}
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
     if job.is_chat:
         choice["message"] = {"role": "assistant", "content": text}
     else:
@@ -288,7 +336,8 @@ def refuse(status: int, message: str, kind: str = "BadRequestError", param: str 
 
 class FakeEngine:
     """The server; see the module's docstring. `tokens_per_s` is per stream, None as fast as it goes; `slots` requests
-    run at once, others wait; `prefill_s` passes before each first token."""
+    run at once, others wait; `prefill_s` passes before each first token. `split_utf8`: some tokens are halves of characters; without
+    `token_ids` it has never heard of them."""
 
     def __init__(
         self,
@@ -297,6 +346,8 @@ class FakeEngine:
         tokens_per_s: float | None = None,
         prefill_s: float = 0.0,
         slots: int = 256,
+        split_utf8: bool = False,
+        token_ids: bool = True,
         api_key: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -304,6 +355,8 @@ class FakeEngine:
         self.model = model
         self.tokens_per_s = tokens_per_s
         self.prefill_s = prefill_s
+        self.split_utf8 = split_utf8
+        self.token_ids = token_ids
         self.stats = Stats()
         self._slots = asyncio.Semaphore(slots)
         self._api_key = api_key
@@ -343,6 +396,9 @@ class FakeEngine:
         app.router.add_get("/stats", self._stats)
         app.router.add_post("/misbehave", self._told_to_misbehave)
         app.router.add_get("/v1/models", self._models)
+        if self.token_ids:
+            app.router.add_post("/tokenize", self._tokenize)
+            app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/responses", self._responses)
@@ -382,6 +438,16 @@ class FakeEngine:
     async def _models(self, request: web.Request) -> web.StreamResponse:
         entry = {"id": self.model, "object": "model", "created": 1_700_000_000, "owned_by": "fake"}
         return web.json_response({"object": "list", "data": [entry | {"parent": None, "max_model_len": CONTEXT_TOKENS}]})
+
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request)
+        self.stats.tokenized += 1
+        ids = encode(render(body["messages"])) if "messages" in body else encode(_text(body.get("prompt")))
+        return web.json_response({"count": len(ids), "max_model_len": CONTEXT_TOKENS, "tokens": ids, "token_strs": None})
+
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request)
+        return web.json_response({"prompt": speak(body["tokens"], split=self.split_utf8)})
 
     async def _stats(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self.stats.numbers())
@@ -471,7 +537,9 @@ class FakeEngine:
             finish_reason="length" if limit else "stop",
             stream=bool(body.get("stream")),
             include_usage=bool(options.get("include_usage")),
-            token_ids=bool(body.get("return_token_ids")),
+            token_ids=self.token_ids and bool(body.get("return_token_ids")),
+            stops=tuple([body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or ()),
+            include_stop=bool(body.get("include_stop_str_in_output")),
         )
         async with self._counted(body):
             if (broken := await self._instead(request)) is not None:
@@ -481,10 +549,11 @@ class FakeEngine:
             slow = self._take(Mode.SLOW) is not None
             if job.stream:
                 return await self._stream(request, job, how, slow)
-            tokens = [token async for token in self._tokens(job, slow)]
+            said = [part async for part in self._speech(job, slow)]
             if how is not None and how.mode is not Mode.DRIBBLE:
                 raise self._break(request)
-            return web.json_response(whole_answer(job, tokens))
+            text, finish = "".join(text for _, text, _ in said), said[-1][2] or "stop"
+            return web.json_response(whole_answer(job, [token for token, _, _ in said], text, finish))
 
     async def _tokens(self, job: Job, slow: bool) -> AsyncIterator[int]:
         """The answer's ids, at the pace that is set."""
@@ -501,9 +570,19 @@ class FakeEngine:
         for _ in range(job.max_tokens):
             await asyncio.sleep(max(0.0, due_s - loop.time()))
             due_s += pace_s
-            ids.append(next_token(ids))
+            ids.append(next_token(ids, split=self.split_utf8))
             self.stats.completion_tokens += 1
             yield ids[-1]
+
+    async def _speech(self, job: Job, slow: bool) -> AsyncIterator[tuple[int, str, str | None]]:
+        """Each token, the text that goes out with it, and why the answer ends if it does."""
+        speech = Speech(split=self.split_utf8, stops=job.stops, include_stop=job.include_stop)
+        async for token in self._tokens(job, slow):
+            is_last = len(speech.ids) + 1 == job.max_tokens
+            text = speech.say(token, is_last=is_last)
+            yield token, text, "stop" if speech.stopped else job.finish_reason if is_last else None
+            if speech.stopped:
+                return
 
     async def _stream(self, request: web.Request, job: Job, how: Misbehaviour | None, slow: bool) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
@@ -522,16 +601,18 @@ class FakeEngine:
             await send(sse(event))
         if job.route == "responses":
             await send(_response_event("response.created", response=response_object(job, "", 0, "in_progress")))
-        async for token in self._tokens(job, slow):
+        whole = ""
+        async for token, text, finish in self._speech(job, slow):
             if how is not None and not dribble and len(said) >= how.after_tokens:
                 return await self._break_stream(request, response, how)
             said.append(token)
+            whole += text
             if job.route == "responses":
-                await send(_response_event("response.output_text.delta", delta=decode(token), item_id=f"msg_{job.id}"))
+                await send(_response_event("response.output_text.delta", delta=text, item_id=f"msg_{job.id}"))
             else:
-                await send(sse(token_event(job, token, len(said) == 1, len(said) == job.max_tokens)))
+                await send(sse(token_event(job, token, text, finish, len(said) == 1)))
         if job.route == "responses":
-            text = "".join(decode(token) for token in said)
+            text = whole
             await send(_response_event("response.completed", response=response_object(job, text, len(said), "completed")))
         else:
             if job.include_usage:
@@ -650,6 +731,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens-per-s", type=float)
     parser.add_argument("--prefill-s", type=float, default=0.0)
     parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--split-utf8", action="store_true", help="some tokens are halves of characters")
     parser.add_argument("--load-s", type=float, default=0.0, help="pretend to load for so long before listening")
     parser.add_argument("--crash-after-s", type=float, help="exit with status 3 after so long")
     parser.add_argument("--deaf-to-sigterm", action="store_true", help="ignore SIGTERM")
@@ -667,6 +749,7 @@ async def serve(args: argparse.Namespace) -> None:
         tokens_per_s=args.tokens_per_s,
         prefill_s=args.prefill_s,
         slots=args.slots,
+        split_utf8=args.split_utf8,
         api_key=os.environ.get("VLLM_API_KEY"),
         host=args.host,
         port=args.port,

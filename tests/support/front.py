@@ -34,11 +34,11 @@ from proxy.server import HttpServer
 from proxy.views import Views
 from tests.support.answers import Answer, read_answer
 from tests.support.authority import TestMesh
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import CONTEXT_TOKENS, FakeEngine
 from tests.support.pipe import Owner, PipeTransport, connect, settle
 from tests.support.shelf import Shelf
 from worker.admission import Admission
-from worker.engine import ModelSpec, Task
+from worker.engine import ModelSpec, Task, TokenIds
 from worker.engine.client import EngineClient
 from worker.gateway import Gateway
 from worker.metering import Meter as WorkerMeter
@@ -218,11 +218,20 @@ class Front:
 
     @asynccontextmanager
     async def gateway(
-        self, engine: FakeEngine, *, limit: int = 100, queue_limit: int = 100, ledger: Ledger | None = None
+        self,
+        engine: FakeEngine,
+        *,
+        limit: int = 100,
+        queue_limit: int = 100,
+        ledger: Ledger | None = None,
+        token_ids: bool = False,
+        digest: str = "",
     ) -> AsyncIterator[tuple[Worker, Gateway]]:
-        """Link a worker whose real gateway serves from a stand-in engine."""
-        view = StandInEngine(engine.url, (ModelSpec(name="m", engine_name=engine.model, tasks=frozenset(Task)),))
-        entry = ModelEntry(name="m", tasks=tuple(map(str, Task)))
+        """Link a worker whose real gateway serves from a stand-in engine; with ``token_ids``, so that its streams can move."""
+        way = TokenIds.VLLM if token_ids else None
+        spec = ModelSpec(name="m", engine_name=engine.model, tasks=frozenset(Task), token_ids=way, context_tokens=CONTEXT_TOKENS)
+        view = StandInEngine(engine.url, (spec,))
+        entry = ModelEntry(name="m", tasks=tuple(map(str, Task)), digest=digest)
         admission = Admission(limit=limit, queue_limit=queue_limit)
         async with EngineClient(idle_s=1.0) as client:
             meter = WorkerMeter(ledger, clock=self.clock)

@@ -221,10 +221,16 @@ def test_status_names_every_node(fleet: Fleet) -> None:
     directory = KnownRecords()
     up(fleet, record("a"))
     directory.records = [record("x", role=Role.PROXY), record("s", role=Role.BOOTSTRAP), record("p", role=Role.PROXY, seq=0)]
-    status = views(fleet, directory).status(in_flight=2, draining=False)
+    status = views(fleet, directory).status(in_flight=2, draining=False, moves={"moved": 1, "stuck": 0, "tokens": 7})
     assert sorted(item["id"][:2] for item in status["proxies"]) == ["70", "78"]
     assert [item["id"][:2] for item in status["bootstraps"]] == ["73"]
-    assert status["proxy"] == {"id": "70" * 32, "in_flight": 2, "draining": False, "models": ["m", "m-legal"]}
+    assert status["proxy"] == {
+        "id": "70" * 32,
+        "in_flight": 2,
+        "draining": False,
+        "streams": {"moved": 1, "stuck": 0, "tokens": 7},
+        "models": ["m", "m-legal"],
+    }
 
 
 # -- what is counted

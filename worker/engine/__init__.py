@@ -16,6 +16,7 @@ from worker.engine.base import (
     Stage,
     StageEntry,
     Task,
+    TokenIds,
 )
 from worker.engine.external import ExternalEngine
 from worker.engine.llamacpp import LlamaCppEngine
@@ -35,6 +36,7 @@ __all__ = [
     "Supervisor",
     "Task",
     "Timing",
+    "TokenIds",
     "make_engine",
 ]
 

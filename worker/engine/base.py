@@ -70,7 +70,8 @@ class EngineSpec:
     `source` is a model source as `worker.models` reads it (external: the engine's own name for the model, None for
     every model it lists). `served_name` is what the mesh calls the model. `tasks` None means: try them all and keep
     what works. `context_tokens` is per request. The embedded engine computes `parallel` requests at once on `threads`
-    processors (None: half of them) and holds up to `max_connections`, the rest waiting.
+    processors (None: half of them) and holds up to `max_connections`, the rest waiting. Without `token_ids` the engine is
+    not asked for any.
     """
 
     kind: EngineKind
@@ -82,6 +83,7 @@ class EngineSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     context_tokens: int | None = None
     with_digest: bool = True
+    token_ids: bool = True
     # vllm
     vllm_command: str | None = None
     # llamacpp
@@ -424,3 +426,29 @@ def is_answer(task: Task, raw: bytes) -> bool:
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
     return isinstance(found, list) and len(found) > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ token ids
+
+TOKEN_IDS_ASKED: Mapping[TokenIds, Mapping[str, Any]] = {
+    TokenIds.VLLM: {"return_token_ids": True},
+    TokenIds.LLAMACPP: {"logprobs": 1, "post_sampling_probs": True, "timings_per_token": True},
+}
+"""What a completion must ask for."""
+
+TOKENIZING: Mapping[TokenIds, tuple[tuple[str, Mapping[str, Any], str], ...]] = {
+    TokenIds.VLLM: (("/tokenize", {"prompt": "Hi"}, "tokens"), ("/detokenize", {"tokens": [1]}, "prompt")),
+    TokenIds.LLAMACPP: (("/tokenize", {"content": "Hi"}, "tokens"), ("/detokenize", {"tokens": [1]}, "content")),
+}
+"""The routes that go with it: what to ask, and what must be in the answer."""
+
+
+def tells_token_ids(way: TokenIds, answer: Mapping[str, Any]) -> bool:
+    """Whether a completion that asked for ids in this way has one."""
+    try:
+        choice = answer["choices"][0]
+        found = choice["token_ids"] if way is TokenIds.VLLM else [choice["logprobs"]["content"][0]["id"]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    told = isinstance(found, list) and len(found) == 1 and type(found[0]) is int
+    return told and (way is TokenIds.VLLM or isinstance(answer.get("timings"), dict))

@@ -9,11 +9,24 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 
 from mesh.errors import EngineError
-from worker.engine.base import Engine, EngineLoad, ListedModel, Task, is_answer, parse_listing, warm_up_body
+from worker.engine.base import (
+    TOKEN_IDS_ASKED,
+    TOKENIZING,
+    Engine,
+    EngineLoad,
+    ListedModel,
+    Task,
+    TokenIds,
+    is_answer,
+    parse_listing,
+    tells_token_ids,
+    warm_up_body,
+)
 
 MAX_ANSWER_BYTES = 8 << 20
 NO_SUCH_ROUTE = frozenset({404, 405, 501})
@@ -77,6 +90,31 @@ class Probe:
         if status in KEY_REFUSED or status == 429 or (status >= 500 and status not in NO_SUCH_ROUTE):
             raise EngineError(_refusal(task.path, status))
         return False
+
+    async def token_ids(self, engine_name: str) -> TokenIds | None:
+        """How the engine tells token ids, found out by asking for one; None if it does not, or does not do all that goes with it."""
+        for way, fields in TOKEN_IDS_ASKED.items():
+            asked = {"model": engine_name, "prompt": "Hi", "max_tokens": 1, "ignore_eos": True, **fields}
+            answer = await self._json("/v1/completions", asked)
+            if not tells_token_ids(way, answer):
+                continue
+            for path, question, field in TOKENIZING[way]:
+                if field not in await self._json(path, {"model": engine_name, **question}):
+                    break
+            else:
+                return way
+        return None
+
+    async def _json(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """The object that the engine answers; empty if it does not."""
+        try:
+            status, raw = await self._ask("POST", path, json.dumps(fields).encode())
+            answer = json.loads(raw) if status == 200 else None
+        except Refused:
+            raise
+        except (EngineError, ValueError, RecursionError):
+            return {}
+        return answer if isinstance(answer, dict) else {}
 
     async def _get(self, path: str) -> tuple[int, bytes]:
         try:

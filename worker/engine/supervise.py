@@ -292,9 +292,14 @@ class Supervisor:
         """The models with the tasks that really work. Raises EngineError when one of them can do nothing."""
         try:
             async with asyncio.timeout(self._timing.warm_deadline_s):
-                return tuple([replace(model, tasks=await _proven_tasks(probe, model)) for model in models])
+                return tuple([await self._proven(probe, model) for model in models])
         except TimeoutError as error:
             raise EngineError(f"the engine gave no first answer in {self._timing.warm_deadline_s:g} s") from error
+
+    async def _proven(self, probe: Probe, model: ModelSpec) -> ModelSpec:
+        tasks = await _proven_tasks(probe, model)
+        wanted = self.engine.spec.token_ids and Task.COMPLETIONS in tasks
+        return replace(model, tasks=tasks, token_ids=await probe.token_ids(model.engine_name) if wanted else None)
 
     async def _watch(self, probe: Probe) -> None:
         """Check the engine's health for as long as it has it."""

@@ -8,18 +8,17 @@ event with several tokens all but the last are unknown: a gap, which whoever goe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from worker.engine.base import Task, TokenIds
+from worker.engine.base import TOKEN_IDS_ASKED, Task, TokenIds
 
-WISHES: dict[tuple[TokenIds, Task], dict[str, Any]] = {
-    (TokenIds.VLLM, Task.CHAT): {"return_token_ids": True},
-    (TokenIds.VLLM, Task.COMPLETIONS): {"return_token_ids": True},
-    (TokenIds.LLAMACPP, Task.CHAT): {"logprobs": True, "top_logprobs": 1, "post_sampling_probs": True, "timings_per_token": True},
-    (TokenIds.LLAMACPP, Task.COMPLETIONS): {"logprobs": 1, "post_sampling_probs": True, "timings_per_token": True},
+WISHES: Mapping[tuple[TokenIds, Task], Mapping[str, Any]] = {
+    **{(way, Task.COMPLETIONS): fields for way, fields in TOKEN_IDS_ASKED.items()},
+    (TokenIds.VLLM, Task.CHAT): TOKEN_IDS_ASKED[TokenIds.VLLM],
+    (TokenIds.LLAMACPP, Task.CHAT): {**TOKEN_IDS_ASKED[TokenIds.LLAMACPP], "logprobs": True, "top_logprobs": 1},
 }
 """What a request must ask for so that the answer's events tell ids."""
 
@@ -113,9 +112,9 @@ def read_event(way: TokenIds, data: bytes, seen: int) -> Told:
     if way is TokenIds.VLLM:
         prompt_ids = event.prompt_token_ids or choice.prompt_token_ids
         ids = choice.token_ids or ()
-        shown = _without(data, b'"token_ids":[') if ids else data
+        shown = _without(data, b'"token_ids":') if ids else data
         if prompt_ids:
-            shown = _without(shown, b'"prompt_token_ids":[')
+            shown = _without(shown, b'"prompt_token_ids":')
         return Told(
             shown,
             text,
@@ -164,7 +163,7 @@ def _without(data: bytes, field: bytes) -> bytes:
     at = data.rfind(field)
     if at < 0:
         return data
-    start = at + len(field) - 1
+    start = data.index(b"[", at)
     return data[:start] + b"null" + data[data.index(b"]", start) + 1 :]
 
 
