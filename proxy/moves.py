@@ -24,13 +24,12 @@ from proxy.retry import RetryPolicy
 log = structlog.get_logger(__name__)
 
 FIXED = {
-    "engine": "the worker's engine does not tell token ids",
+    "engine": "the worker's engine does not tell token ids, or is not asked for them",
     "guided": "its answer is held to a grammar",
     "large": "it has become too long",
     "logprobs": "it has log probabilities",
     "media": "it has images or audio",
     "n": "it has several answers in one",
-    "off": "the worker does not take part",
     "parameter": "it has a parameter whose effect on the rest of an answer is not known",
     "penalty": "it has a penalty on what has been said",
     "prompts": "it has several prompts",
