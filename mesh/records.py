@@ -172,12 +172,15 @@ def parse_record(data: bytes, members: MembershipCache, *, now: float, first_han
     if member.public_key != opened.signer:
         raise UnknownSigner("the record carries another node's membership")
     issued, expires = read_int(payload, "iat") / 1000, read_int(payload, "exp") / 1000
+    skew_s = FIRST_HAND_SKEW_S if first_hand else CLOCK_SKEW_S
     if first_hand and abs(now - issued) <= FIRST_HAND_SKEW_S:
         issued, expires = now, now + expires - issued
-    return _record_from(payload, member, data, now, issued=issued, expires=expires)
+    return _record_from(payload, member, data, now, issued=issued, expires=expires, skew_s=skew_s)
 
 
-def _record_from(payload: dict[str, Any], member: Membership, data: bytes, now: float, *, issued: float, expires: float) -> Record:
+def _record_from(
+    payload: dict[str, Any], member: Membership, data: bytes, now: float, *, issued: float, expires: float, skew_s: float
+) -> Record:
     expires = min(expires, issued + MAX_LIFETIME_S, now + MAX_LIFETIME_S, member.expires)
     check_time("the record", not_before=issued, expires=expires, now=now)
     try:
@@ -187,7 +190,7 @@ def _record_from(payload: dict[str, Any], member: Membership, data: bytes, now: 
     return Record(
         node_id=member.node_id,
         role=member.role,
-        boot=read_int(payload, "boot", high=int((now + CLOCK_SKEW_S) * 1000)),
+        boot=read_int(payload, "boot", high=int((now + skew_s) * 1000)),
         seq=read_int(payload, "seq"),
         issued=issued,
         expires=expires,

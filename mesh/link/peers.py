@@ -117,6 +117,8 @@ class Peers:
         self._retired: dict[Link, float] = {}
         self._wanted: dict[bytes, Record] = {}
         self._dials: dict[bytes, asyncio.Task[None]] = {}
+        self._pauses: dict[bytes, float] = {}
+        """Before the next dial, for nodes whose links come up and go down at once: two that cannot agree must not shake hands for ever."""
         self._server: asyncio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._stopping = False
@@ -181,10 +183,13 @@ class Peers:
     async def _keep_dialled(self, node_id: bytes) -> None:
         """Dial while the node's record lives and it is not linked. Ends, and is begun again by the next `want`, once it is."""
         backoff_s = self._config.backoff_first_s
+        if pause_s := self._pauses.get(node_id, 0.0):
+            await self._clock.sleep(pause_s * self._rng.uniform(0.5, 1.0))
         while True:
             record = self._wanted.get(node_id)
             if record is None or not record.alive(self._clock.wall()):
                 self._wanted.pop(node_id, None)
+                self._pauses.pop(node_id, None)
                 return
             for address in record.addresses:
                 if node_id in self.links or await self._dial(address, node_id):
@@ -306,7 +311,12 @@ class Peers:
         del self._boots[link.node_id]
         log.info("link.down", peer=link.node_id.hex()[:12], reason=reason)
         self._owner.on_down(link, reason)
-        wanted = self._wanted.pop(link.node_id, None)
+        config, node_id = self._config, link.node_id
+        if self._clock.monotonic() - link.up_since > config.backoff_most_s:
+            self._pauses.pop(node_id, None)
+        else:
+            self._pauses[node_id] = min(config.backoff_most_s, 2 * self._pauses.get(node_id, config.backoff_first_s / 2))
+        wanted = self._wanted.pop(node_id, None)
         if wanted is not None and not link.draining:
             self.want(wanted)
 

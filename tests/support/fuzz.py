@@ -404,9 +404,9 @@ class Frames:
         to_proxy = rng.random() < 0.6
         self._opened = -1
         frames = [encode_control(Frame.HELLO, 0, {"v": 1})] if rng.random() < 0.95 else []
-        for _ in range(rng.randint(5, 40)):
+        for _ in range(rng.randint(5, 200)):
             with suppress(ValueError):  # too large for a frame
-                frames.append(self._frame(rng, to_proxy) if rng.random() < 0.15 else self._honest(rng, to_proxy))
+                frames.append(self._frame(rng, to_proxy) if rng.random() < 0.05 else self._honest(rng, to_proxy))
         data = b"".join(frames)
         if rng.random() < 0.15:
             data = spoil(data, rng, [data])
@@ -756,13 +756,15 @@ class Report:
         return sum("accepted" in hole for hole in self.holes)
 
 
-def run_target(name: str, *, count: int, seed: int, tell: Callable[[Report], None] = lambda report: None, every: int = 10_000) -> Report:
-    """``count`` inputs (frames, where an input holds several)."""
+def run_target(
+    name: str, *, count: int, seed: int, most_s: float = 3600.0, tell: Callable[[Report], None] = lambda report: None, every: int = 10_000
+) -> Report:
+    """``count`` inputs (frames, where an input holds several), or as many as ``most_s`` allow."""
     target, rng, report = TARGETS[name](), random.Random(seed), Report(target=name, seed=seed)
     items = getattr(target, "count", lambda data: 1)
     started = time.monotonic()
     due = every
-    while report.count < count and len(report.holes) < 10:
+    while report.count < count and len(report.holes) < 10 and time.monotonic() - started < most_s:
         data = target.make(rng)
         try_one(target, data, report)
         report.count += items(data)  # of what was just tried
