@@ -25,6 +25,8 @@ YOUNG_S = 5.0
 """A node that has just started may take so long until it is linked."""
 RENEWAL_SHARE = 0.4
 """Of a membership's life left: nodes renew at half of it."""
+LATE_RENEWAL_S, LAST_RENEWAL_S = 6 * 3_600.0, 3_600.0
+"""A certificate lives for a day and is renewed at noon, so to speak."""
 LAST_SHARE = 0.1
 CUT_SHORT_SHARE = 0.1
 MOST_NAMED = 8
@@ -66,6 +68,16 @@ class RecordFact:
     role: str
     life_s: float
     left_s: float
+    member_left_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFact:
+    """A linked worker that gets no requests, or hardly any, though its link is up and its record says ready or draining."""
+
+    name: str
+    standing: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +129,7 @@ class Facts:
     linked: int
     ready: int
     unlinked: tuple[Unlinked, ...]
+    out: tuple[WorkerFact, ...] = ()
     others_share: int
     documents_held: int
     documents_unsaved: int
@@ -277,6 +290,37 @@ def check_links(facts: Facts) -> list[Finding]:
     return [Finding(check="links", severity=severity, what=what, detail=detail, advice=advice)]
 
 
+def check_workers(facts: Facts) -> list[Finding]:
+    """Linked workers that are out of service for what they did, or because somebody said so."""
+    bad = [one for one in facts.out if one.standing != "draining"]
+    told = [one for one in facts.out if one.standing == "draining"]
+    found = []
+    if bad:
+        what = f"{_count(len(bad), 'worker')} linked but not trusted with requests"
+        advice = "each is tried again by itself, one request at a time; look at its engine.log and its machine, or `mesh drain` it"
+        detail = _names(f"{one.name} ({one.standing}): {one.reason}" for one in bad)
+        found.append(Finding(check="workers", severity=Severity.WARN, what=what, detail=detail, advice=advice))
+    if told:
+        what = f"{_count(len(told), 'worker')} drained"
+        detail = _names(f"{one.name}: {one.reason}" for one in told)
+        found.append(
+            Finding(check="drained", severity=Severity.WARN, what=what, detail=detail, advice="`mesh undrain` puts it back into service")
+        )
+    return found or [Finding(check="workers", severity=Severity.OK, what="no linked worker is out of service")]
+
+
+def check_certificates(facts: Facts) -> list[Finding]:
+    """Nodes that should have renewed their certificates long ago: when one ends, its links do."""
+    late = [one for one in facts.records if one.member_left_s < LATE_RENEWAL_S]
+    if not late:
+        return []
+    severity = Severity.FAIL if min(one.member_left_s for one in late) < LAST_RENEWAL_S else Severity.WARN
+    what = f"{_count(len(late), 'node')} {'has not renewed its certificate' if len(late) == 1 else 'have not renewed their certificates'}"
+    detail = _names(f"{one.name} ({one.role}): ends in {_span(one.member_left_s)}" for one in late)
+    advice = "it leaves when it ends: look whether it reaches a bootstrap node over TCP (`enrol.attempt_failed` in its log), and its clock"
+    return [Finding(check="certificates", severity=severity, what=what, detail=detail, advice=advice)]
+
+
 def check_documents(facts: Facts) -> list[Finding]:
     """What this proxy holds against what the nodes nearest to each document's key list."""
     held = _count(facts.documents_held, "document")
@@ -382,6 +426,8 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     check_bootstraps,
     check_records,
     check_links,
+    check_workers,
+    check_certificates,
     check_documents,
     check_credentials,
     check_lookup,

@@ -21,10 +21,11 @@ from mesh.claims import (
     read_bytes,
     read_int,
     read_maps,
+    read_number,
     read_str,
     read_strs,
 )
-from mesh.envelope import open_envelope, seal
+from mesh.envelope import open_envelope, read_unverified, seal
 from mesh.errors import MalformedEnvelope, UnknownSigner
 from mesh.membership import MAX_MEMBERSHIP_BYTES, Membership, MembershipCache
 from mesh.trust import Role, load_public_key, raw_public_key
@@ -212,6 +213,12 @@ def _record_from(
         version=read_str(payload, "ver", default="", max_len=32),
         signed=data,
     )
+
+
+def member_until(record: Record) -> float:
+    """Until when its node is a member, wall clock. ``record`` came out of `parse_record`, which has verified all of it."""
+    membership = read_bytes(read_unverified(record.signed).payload, "mem", max_len=MAX_MEMBERSHIP_BYTES)
+    return read_number(read_unverified(membership).payload, "exp")
 
 
 def _model_payload(entry: ModelEntry) -> dict[str, Any]:

@@ -18,13 +18,26 @@ from mesh.dht.exchange import Standing
 from mesh.dht.explain import Explained, Found, Probe, compare_documents, explain, knock, probe
 from mesh.dht.verify import peek
 from mesh.directory import Directory
-from mesh.doctor import LOST_WITHIN_S, STALE_SHARE, Answer, BadRecord, DocumentFact, Facts, Finding, RecordFact, Unlinked, diagnose, worst
+from mesh.doctor import (
+    LOST_WITHIN_S,
+    STALE_SHARE,
+    Answer,
+    BadRecord,
+    DocumentFact,
+    Facts,
+    Finding,
+    RecordFact,
+    Unlinked,
+    WorkerFact,
+    diagnose,
+    worst,
+)
 from mesh.errors import InvalidRequest, RateLimited, UsageError
 from mesh.https import plain_reason
 from mesh.identity import Identity
-from mesh.records import Record, State
+from mesh.records import Record, State, member_until
 from mesh.trust import Role
-from proxy.fleet import Fleet
+from proxy.fleet import Fleet, Worker
 from proxy.views import Views
 
 AT_ONCE = 2
@@ -206,6 +219,7 @@ class Explainer:
             linked=len(self._fleet.workers),
             ready=sum(worker.routable for worker in self._fleet.workers.values()),
             unlinked=unlinked,
+            out=tuple(fact for worker in self._fleet.workers.values() if (fact := _out(worker)) is not None),
             others_share=len(missing) - len(ours),
             documents_held=len(node.documents),
             documents_unsaved=node.documents.unsaved_count,
@@ -237,8 +251,9 @@ class Explainer:
         for number, record in enumerate(self._others()):
             if number % _BREATHE_EVERY == _BREATHE_EVERY - 1:
                 await asyncio.sleep(0)
-            left_s = record.expires - now
-            facts.append(RecordFact(name=_short(record.node_id), role=str(record.role), life_s=_life_s(record), left_s=left_s))
+            name, role, left_s = _short(record.node_id), str(record.role), record.expires - now
+            member_left_s = member_until(record) - now
+            facts.append(RecordFact(name=name, role=role, life_s=_life_s(record), left_s=left_s, member_left_s=member_left_s))
         return tuple(facts)
 
     async def _unlinked(self, missing: list[Record]) -> tuple[Unlinked, ...]:
@@ -322,6 +337,15 @@ def _document(standing: Standing) -> DocumentFact:
 def _life_s(record: Record) -> float:
     claim = peek(record.signed)
     return claim.expires - claim.issued
+
+
+def _out(worker: Worker) -> WorkerFact | None:
+    """Of a worker that is up, and yet gets no requests or hardly any."""
+    if worker.record.state == State.DRAINING:
+        return WorkerFact(name=_short(worker.node_id), standing="draining", reason=worker.record.reason)
+    if worker.routable and worker.standing != "trusted":
+        return WorkerFact(name=_short(worker.node_id), standing=worker.standing, reason=worker.standing_reason)
+    return None
 
 
 def _long_over(one: Found, now: float) -> bool:

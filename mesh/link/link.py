@@ -8,6 +8,7 @@ Outgoing frames of one turn of the event loop leave in one write; that is what m
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class Link(asyncio.Protocol):
         self.stats = LinkStats()
         self.up_since = clock.monotonic()
         self.last_heard = self.pinged_at = self.up_since
+        self.vouched_until = math.inf
+        """When its peer stops being a member, on the monotonic clock; set by `mesh.link.peers`."""
         self.closed = False
         self.draining = False
         self._loop = asyncio.get_running_loop()

@@ -26,7 +26,7 @@ from mesh.identity import ALPN, Identity, Peer, TlsContexts, peer_of
 from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.membership import MembershipCache
-from mesh.records import MAX_RECORD_BYTES, Record, parse_record
+from mesh.records import MAX_RECORD_BYTES, Record, member_until, parse_record
 from mesh.trust import Role
 
 log = structlog.get_logger(__name__)
@@ -262,6 +262,7 @@ class Peers:
         self.links[link.node_id] = link
         self._boots[link.node_id] = record.boot
         self._remember(record)
+        self._vouch(link, record)
         if old is not None:
             self._owner.on_down(old, REPLACED)
             if both_dialled:
@@ -282,6 +283,7 @@ class Peers:
             except TrustError as error:
                 raise ProtocolError(f"bad RECORD: {error.message}") from None
             self._remember(record)
+            self._vouch(link, record)
             self._owner.on_record(link, record)
         elif kind == Frame.LOAD:
             self._owner.on_load(link, fields)
@@ -342,6 +344,10 @@ class Peers:
         if record.addresses and (known is None or record.order >= known.order):
             self._wanted[record.node_id] = record
 
+    def _vouch(self, link: Link, record: Record) -> None:
+        """The certificate that TLS saw may be long renewed; the newest record says until when its node is a member."""
+        link.vouched_until = self._clock.monotonic() + member_until(record) - self._clock.wall()
+
     def _retire(self, link: Link) -> None:
         """Let the link that was not kept finish what it has: its peer may have used it before it heard of the other."""
         for earlier in [earlier for earlier in self._retired if earlier.node_id == link.node_id]:
@@ -377,6 +383,8 @@ class Peers:
         retired_at = self._retired.get(link)
         if now - link.last_heard > limit_s and link.last_heard < before:
             link.abort(f"silent for {now - link.last_heard:.1f} s")
+        elif now > link.vouched_until:
+            link.close("its certificate has run out")
         elif retired_at is not None and not link.streams and now - retired_at >= self._config.heartbeat_s:
             link.close("another link to this node is kept")
         elif now - link.last_heard > self._config.heartbeat_s / 2 or now - link.pinged_at > MEASURE_S:

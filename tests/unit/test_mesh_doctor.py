@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mesh.authority import EPOCH_S
-from mesh.doctor import Answer, BadRecord, DocumentFact, Facts, Finding, RecordFact, Severity, Unlinked, diagnose, worst
+from mesh.doctor import Answer, BadRecord, DocumentFact, Facts, Finding, RecordFact, Severity, Unlinked, WorkerFact, diagnose, worst
 
 NOW = 20_000 * EPOCH_S + EPOCH_S / 2
 HEALTHY = Facts(
@@ -63,6 +63,10 @@ def test_worst_comes_first_and_names_the_whole() -> None:
 
 
 CASES: list[tuple[str, str, dict[str, Any], str]] = [
+    ("workers", "warn", {"out": (WorkerFact(name="w", standing="ejected", reason="9 times slower than usual"),)}, "w (ejected): 9 times"),
+    ("drained", "warn", {"out": (WorkerFact(name="w", standing="draining", reason="new driver"),)}, "w: new driver"),
+    ("certificates", "warn", {"records": (replace(HEALTHY.records[0], member_left_s=5 * 3600.0),)}, "has not renewed its certificate"),
+    ("certificates", "fail", {"records": (replace(HEALTHY.records[0], member_left_s=60.0),) * 2}, "have not renewed"),
     ("clock", "warn", {"offsets": {"a": 9.0, "b": 9.0, "c": 0.0}}, "9.0 s behind"),
     ("clock", "fail", {"offsets": {"a": -40.0}}, "40.0 s ahead"),
     ("clock", "warn", {"offsets": {"a": 0.0, "b": 0.0, "c": 12.0}}, "c +12.0 s"),

@@ -511,6 +511,24 @@ def test_dead_peer_is_noticed_even_by_a_process_that_stands_still_now_and_then(p
     play(scenario)
 
 
+def test_link_of_a_node_whose_certificate_runs_out_ends_and_one_that_renewed_stays(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        proxy, worker = await stage.linked()
+        link = proxy.link_to(worker)
+        left_s = link.vouched_until - stage.loop.time()
+        assert 23 * 3600 < left_s <= 24 * 3600
+        link.vouched_until = stage.loop.time() + 30
+        worker.peers.broadcast(Frame.RECORD, {"rec": worker.record().signed})
+        await asyncio.sleep(60)
+        assert proxy.link_to(worker) is link, "its new record says that it still is a member"
+        link.vouched_until = stage.loop.time() + 5
+        await stage.until(lambda: proxy.room.down, within_s=10)
+        assert proxy.room.down == ["its certificate has run out"]
+        await stage.until(lambda: worker.room.down, within_s=2)
+
+    play(scenario)
+
+
 def test_busy_link_is_not_silent(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         proxy, worker = await stage.linked(config=LinkConfig(heartbeat_s=1000.0))
