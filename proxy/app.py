@@ -276,7 +276,7 @@ class App:
             raise ConnectionResetError
         downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
         plan = self._router.plan(call, key.project, request.headers.get)
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         self._budget.request(now)
         if timeout_s := timeout_of(request.headers.get("x-request-timeout"), self._config.deadline_s):
             plan.deadline = now + timeout_s
@@ -327,7 +327,7 @@ class App:
     def _may_retry(self, error: MeshError, *, failed: int, refused: int) -> bool:
         if not self._retry.again(error, failed=failed, refused=refused, started=False):
             return False
-        return not spends(error) or self._budget.take(asyncio.get_running_loop().time())
+        return not spends(error) or self._budget.take(self._loop.time())
 
     async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, noted: Noted) -> None:
         now = self._loop.time()
@@ -353,7 +353,7 @@ class App:
         timer = None
         if plan.deadline:
             head["dl"] = max(1, round((plan.deadline - now) * 1000))
-            timer = asyncio.get_running_loop().call_at(plan.deadline, attempt.fail, DeadlineExceeded())
+            timer = self._loop.call_at(plan.deadline, attempt.fail, DeadlineExceeded())
         attempt.may_move = not plan.failures and plan.choice is not None and plan.choice.of > 1
         if plan.passage is not None:
             head["trail"] = len(plan.passage.trail)
@@ -382,7 +382,7 @@ class App:
             self._router.served(plan, prompt_tokens=prompt, cached_tokens=cached_of(trailer))
         if attempt.first_byte_at is not None:
             self._metrics.first_byte(call.model).observe(attempt.first_byte_at - now)
-            self._fleet.measure(attempt, asyncio.get_running_loop().time(), tokens=completion)
+            attempt.measure(self._loop.time(), completion)
 
     async def sweep(self) -> None:
         """A task for the life of the process: look at how workers are, and end attempts whose worker gives no sign."""
@@ -390,7 +390,7 @@ class App:
             await asyncio.sleep(SWEEP_S)
             now = self._loop.time()
             for attempt in list(self._attempts):
-                self._fleet.measure(attempt, now)
+                attempt.measure(now)
                 attempt.check_time(now, patience_s=self._config.first_byte_timeout_s, most_s=self._config.request_timeout_s)
             self._fleet.tick()
 

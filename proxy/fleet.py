@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -19,7 +19,7 @@ from mesh.link.link import IncomingStream, Link
 from mesh.link.peers import REPLACED
 from mesh.prefix import Chain, parse_news, text_bytes
 from mesh.records import Record, State
-from proxy.health import Cause, Flow, Health, Standing, Watch
+from proxy.health import Cause, Health, Standing, Watch
 from proxy.prefixes import PrefixIndex
 
 log = structlog.get_logger(__name__)
@@ -33,15 +33,6 @@ SUSPECT_S = 1.5
 
 
 STANDINGS = ("suspect", *Standing)
-
-
-class Measured(Protocol):
-    """What is asked of an attempt."""
-
-    @property
-    def worker(self) -> Worker: ...
-
-    def flow(self, now: float) -> Flow | None: ...
 
 
 class Worker:
@@ -203,7 +194,8 @@ class Fleet:
             self._index()
 
     def succeeded(self, worker: Worker) -> None:
-        if self.watch.succeeded(worker.health, now=self._clock.monotonic()):
+        health = worker.health
+        if (health.failures or health.standing is not Standing.TRUSTED) and self.watch.succeeded(health, now=self._clock.monotonic()):
             log.info("worker.trusted", worker=worker.node_id.hex()[:12])
             self._index()
 
@@ -220,19 +212,6 @@ class Fleet:
                 if self.watch.failed(worker.health, code, group, now=self._clock.monotonic()):
                     log.warning("worker.ejected", worker=worker.node_id.hex()[:12], reason=worker.health.reason)
                     self._index()
-
-    def measure(self, attempt: Measured, now: float, *, tokens: int = 0) -> None:
-        """Take how fast an answer comes. ``tokens``, once it is complete: those of one that came as a whole."""
-        flow = attempt.flow(now)
-        if flow is None:
-            return
-        health, now = attempt.worker.health, self._clock.monotonic()
-        if flow.is_stream:
-            health.stream.add(flow.sent_bytes, flow.seconds, now=now)
-            if flow.first_s is not None:
-                health.first.add(flow.first_s, 1.0, now=now)
-        elif tokens:
-            health.whole.add(tokens, flow.seconds, now=now)
 
     def begin(self, worker: Worker) -> bool:
         """A request goes there; whether it is the one that a worker on trial gets."""

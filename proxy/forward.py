@@ -11,7 +11,6 @@ from mesh.errors import InvalidRequest, MalformedEnvelope, MeshError, ProtocolEr
 from mesh.link.link import OutgoingStream
 from proxy.downstream import Downstream
 from proxy.fleet import Worker
-from proxy.health import Flow
 from proxy.moves import Passage
 
 SLOW_CLIENT_BYTES = 64 * 1024
@@ -143,15 +142,29 @@ class Attempt:
         elif now - self.last_sign_at > patience_s:
             self.fail(UpstreamTimeout(f"the worker gave no sign for {patience_s:.0f} s"))
 
-    def flow(self, now: float) -> Flow | None:
-        """How it has gone since this was last asked; None where that says nothing of the worker: too early, or the client is slow."""
+    def measure(self, now: float, tokens: int = 0) -> None:
+        """Tell its worker's health how fast the answer has come since this was last called.
+
+        ``tokens``, once it is complete, are those of an answer that came as a whole. A first byte tells something only of a short prompt,
+        and an answer that waits for its client nothing.
+        """
         if self.first_byte_at is None or self.accepted_at is None:
-            return None
-        is_stream = self._downstream.is_stream
-        since, sent = self._flow or (self.first_byte_at if is_stream else self.accepted_at, self._sent_before)
-        first_s = None if self._flow or self._tokens or not is_stream else self.first_byte_at - self.accepted_at
-        self._flow = (now, self._downstream.bytes_sent)
-        return None if self._held else Flow(is_stream, first_s, self._downstream.bytes_sent - sent, max(1e-6, now - since))
+            return
+        health, flow = self.worker.health, self._flow
+        if not self._downstream.is_stream:
+            if tokens:
+                health.whole.add(tokens, now - self.accepted_at)
+            return
+        sent = self._downstream.bytes_sent
+        self._flow = (now, sent)
+        if self._held:
+            return
+        if flow is not None:
+            health.stream.add(sent - flow[1], now - flow[0])
+            return
+        health.stream.add(sent - self._sent_before, now - self.first_byte_at)
+        if not self._tokens:
+            health.first.add(self.first_byte_at - self.accepted_at, 1.0)
 
     # -- StreamSink
 

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from statistics import median
-from typing import NamedTuple
 
 FAILURES = 3
 """Failed requests in a row."""
@@ -43,15 +42,6 @@ MOST_KNOWN = 10_000
 """Beyond that the good past of workers is forgotten, linked or not; what they do from here on counts again."""
 
 
-class Flow(NamedTuple):
-    """A piece of an answer's way. ``first_s``: from its slot to its first byte, told once, and only of a short prompt."""
-
-    is_stream: bool
-    first_s: float | None
-    sent_bytes: int
-    seconds: float
-
-
 class Standing(StrEnum):
     """``trial``: one request at a time, until one succeeds."""
 
@@ -71,27 +61,32 @@ class Cause(StrEnum):
 
 
 class Rate:
-    """An amount per second, the past fading with ``memory_s``."""
+    """An amount per second, the past fading with ``memory_s``. Adding is cheap, since it is done for every answer; `evidence` reckons."""
 
-    __slots__ = ("_amount", "_at", "_memory_s", "_seconds")
+    __slots__ = ("_at", "_memory_s", "_new_amount", "_new_seconds", "_old_amount", "_old_seconds")
 
     def __init__(self, memory_s: float) -> None:
         self._memory_s = memory_s
-        self._amount = self._seconds = self._at = 0.0
+        self._old_amount = self._old_seconds = self._at = 0.0
+        self._new_amount = self._new_seconds = 0.0
 
-    def add(self, amount: float, seconds: float, *, now: float) -> None:
-        fade = math.exp(min(0.0, self._at - now) / self._memory_s)
-        self._amount = self._amount * fade + amount
-        self._seconds = self._seconds * fade + seconds
-        self._at = now
+    def add(self, amount: float, seconds: float) -> None:
+        self._new_amount += amount
+        self._new_seconds += seconds
 
     def evidence(self, now: float) -> float:
         """How much it rests on, in seconds (or samples, where each counts as one)."""
-        return self._seconds * math.exp(min(0.0, self._at - now) / self._memory_s)
+        fade = math.exp(min(0.0, self._at - now) / self._memory_s)
+        self._old_amount = self._old_amount * fade + self._new_amount
+        self._old_seconds = self._old_seconds * fade + self._new_seconds
+        self._new_amount = self._new_seconds = 0.0
+        self._at = now
+        return self._old_seconds
 
     @property
     def value(self) -> float:
-        return self._amount / self._seconds if self._seconds else 0.0
+        """As of the last `evidence`."""
+        return self._old_amount / self._old_seconds if self._old_seconds else 0.0
 
 
 class Health:
@@ -225,7 +220,7 @@ class Watch:
                 health.trust(now=now)
                 changed = True
             elif health.stream.evidence(now) >= LEAST_STREAM_S:
-                health.past.add(health.stream.value, 1.0, now=now)
+                health.past.add(health.stream.value, 1.0)
         return changed
 
     def tick(self, healths: Iterable[Health], *, now: float) -> bool:

@@ -16,7 +16,7 @@ from mesh.link.link import IncomingStream, Link, LinkStats
 from mesh.records import Capability, Load, ModelEntry, Record, State
 from mesh.trust import Role
 from proxy.fleet import Fleet
-from proxy.health import Cause, Flow
+from proxy.health import Cause
 from proxy.metrics import Metrics
 from proxy.peers import Proxies
 from proxy.views import Views
@@ -348,17 +348,6 @@ def test_choices_and_cached_tokens_are_counted(fleet: Fleet) -> None:
 # -- health: what is heard and seen of workers decides who is a candidate
 
 
-@dataclass
-class Piece:
-    """What is asked of an attempt."""
-
-    worker: Any
-    rate: float
-
-    def flow(self, now: float) -> Flow | None:
-        return Flow(is_stream=True, first_s=None, sent_bytes=round(self.rate / 2), seconds=0.5)
-
-
 class Timed:
     """A fleet on a clock of the test's own, ticking twice a second; ``names`` are its ready workers."""
 
@@ -380,7 +369,7 @@ class Timed:
                 if name not in self.quiet:
                     link.last_heard = self.clock.now - 0.1
             for name, rate in self.rates.items():
-                self.fleet.measure(Piece(self.workers[name], rate), self.clock.now)
+                self.workers[name].health.stream.add(rate / 2, 0.5)
             self.fleet.tick()
 
     def fail(self, name: str, times: int = 3) -> None:

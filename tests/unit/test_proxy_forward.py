@@ -15,6 +15,7 @@ from mesh.link.link import WINDOW_BYTES, IncomingStream
 from proxy.downstream import Downstream
 from proxy.fleet import Worker
 from proxy.forward import SLOW_CLIENT_BYTES, SLOW_CLIENT_S, Attempt, usage_of
+from proxy.health import Health
 from tests.support.pipe import Pair, linked
 from tests.support.web_client import ClientRequest, ClientTransport
 
@@ -30,7 +31,7 @@ class Stage:
         self.transport = ClientTransport(slow=slow)
         self.request = ClientRequest(self.transport)
         self.downstream = Downstream(cast(web.BaseRequest, self.request), self.transport, keep_alive=True)
-        worker = cast(Worker, type("Linked", (), {"link": pair.alice, "stuck": False})())
+        worker = cast(Worker, type("Linked", (), {"link": pair.alice, "stuck": False, "health": Health()})())
         self.began = asyncio.get_running_loop().time()
         self.attempt = Attempt(worker, self.downstream, {"x-request-id": "req_1"}, loop=asyncio.get_running_loop(), now=self.began)
         self.running: asyncio.Task[dict[str, Any]] | None = None
@@ -251,6 +252,47 @@ async def test_answer_that_ends_after_its_client_left_does_no_harm(stage: Stage)
     await stage.pair.settle()
     assert not stage.pair.alice.closed
     assert await stage.outcome() == {"out": 2}
+
+
+# -- pace
+
+
+async def test_pace_of_a_stream_is_measured_from_its_first_byte_on(stage: Stage) -> None:
+    health = stage.attempt.worker.health
+    stream = await stage.start()
+    stream.accept()
+    await stage.pair.settle()
+    stage.attempt.measure(stage.began + 1.0)
+    assert health.first.evidence(0.0) == 0.0, "nothing has come yet"
+    stream.send_head({"status": 200, "type": "text/event-stream"})
+    stream.send_now(bytes(1000))
+    await stage.pair.settle()
+    assert stage.attempt.first_byte_at is not None
+    stage.attempt.measure(stage.attempt.first_byte_at + 1.0)
+    assert health.first.evidence(0.0) == 1.0
+    assert round(health.stream.evidence(0.0)) == 1
+    assert round(health.stream.value) == 1000
+    stream.send_now(bytes(3000))
+    await stage.pair.settle()
+    stage.attempt.measure(stage.attempt.first_byte_at + 2.0)
+    assert round(health.stream.evidence(0.0)) == 2
+    assert round(health.stream.value) == 2000
+    assert health.first.evidence(0.0) == 1.0, "told once"
+
+
+async def test_pace_of_a_whole_answer_is_its_tokens_from_its_slot_on(stage: Stage) -> None:
+    health = stage.attempt.worker.health
+    stream = await stage.start()
+    stream.accept()
+    stream.send_head({"status": 200, "type": "application/json", "length": 2})
+    stream.send_now(b"{}")
+    await stage.pair.settle()
+    assert stage.attempt.accepted_at is not None
+    stage.attempt.measure(stage.attempt.accepted_at + 2.0)
+    assert health.whole.evidence(0.0) == 0.0, "not complete"
+    stage.attempt.measure(stage.attempt.accepted_at + 2.0, 50)
+    assert round(health.whole.evidence(0.0)) == 2
+    assert round(health.whole.value) == 25
 
 
 # -- time

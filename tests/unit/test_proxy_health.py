@@ -127,8 +127,8 @@ def test_losses_long_apart_are_no_flapping(watch: Watch) -> None:
         assert not watch.lost(health, now=day * 86400.0)
 
 
-def stream(health: Health, *, per_s: float, now: float, seconds: float = 0.5) -> None:
-    health.stream.add(per_s * seconds, seconds, now=now)
+def stream(health: Health, *, per_s: float, seconds: float = 0.5) -> None:
+    health.stream.add(per_s * seconds, seconds)
 
 
 def run(watch: Watch, group: list[Health], rates: list[float], *, start: float = 0.0, for_s: float = 10.0) -> float | None:
@@ -138,7 +138,7 @@ def run(watch: Watch, group: list[Health], rates: list[float], *, start: float =
         now += 0.5
         for health, rate in zip(group, rates, strict=True):
             if rate >= 0:
-                stream(health, per_s=rate, now=now)
+                stream(health, per_s=rate)
         watch.judge(group, now=now)
         if group[0].standing is Standing.EJECTED:
             return now - start
@@ -194,11 +194,11 @@ def test_slow_worker_comes_back_only_once_it_is_quick(watch: Watch) -> None:
 
 def test_late_first_tokens_are_slow_too_but_small_differences_are_not(watch: Watch) -> None:
     late, little = fleet(3), fleet(3)
-    for now in range(5):
+    for _ in range(5):
         for health in late[1:] + little[1:]:
-            health.first.add(0.05, 1, now=now)
-        late[0].first.add(3.0, 1, now=now)
-        little[0].first.add(0.9, 1, now=now)
+            health.first.add(0.05, 1)
+        late[0].first.add(3.0, 1)
+        little[0].first.add(0.9, 1)
     assert watch.judge(late, now=5)
     assert not watch.judge(little, now=5), "ten times, but not a second"
 
@@ -206,8 +206,8 @@ def test_late_first_tokens_are_slow_too_but_small_differences_are_not(watch: Wat
 def test_whole_answers_are_compared_by_their_tokens(watch: Watch) -> None:
     group = fleet(3)
     for health in group[1:]:
-        health.whole.add(400, 4.0, now=1.0)
-    group[0].whole.add(30, 4.0, now=1.0)
+        health.whole.add(400, 4.0)
+    group[0].whole.add(30, 4.0)
     assert watch.judge(group, now=1.0)
     assert group[0].cause is Cause.SLOW
 
