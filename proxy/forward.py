@@ -15,6 +15,8 @@ from proxy.moves import Passage
 
 SLOW_CLIENT_BYTES = 64 * 1024
 """With more than this unsent to the client, the worker gets no more credit until it has drained."""
+QUIET_STREAM_S = 10.0
+"""So long a stream that could go on elsewhere waits for an engine that stands still."""
 SLOW_CLIENT_S = 60.0
 """A client that takes not a byte for so long, with an answer waiting for it, is given up."""
 
@@ -123,7 +125,7 @@ class Attempt:
 
         Not silent is a worker that sends bytes, reports progress or takes the request's body. Progress alone buys ``most_s``, no more.
         """
-        if self.may_move and self.worker.stuck and self.first_byte_at is None:
+        if self.may_move and self.worker.stuck and (self.first_byte_at is None or self._gone_quiet(now)):
             self.fail(WorkerLost("the worker's engine stands still"))
         if self.first_byte_at is None and now - self._started_at > most_s:
             self.fail(UpstreamTimeout(f"the answer did not begin within {most_s:.0f} s"))
@@ -141,6 +143,11 @@ class Attempt:
             self._worker_seen, self.last_sign_at = seen, now
         elif now - self.last_sign_at > patience_s:
             self.fail(UpstreamTimeout(f"the worker gave no sign for {patience_s:.0f} s"))
+
+    def _gone_quiet(self, now: float) -> bool:
+        """Whether a stream that had begun should go on elsewhere: later than one that had not, since moving it costs a prefill."""
+        movable = self._passage is not None and not self._passage.fixed and bool(self._passage.trail)
+        return movable and not self._held and now - self.last_sign_at > QUIET_STREAM_S
 
     def measure(self, now: float, tokens: int = 0) -> None:
         """Tell its worker's health how fast the answer has come since this was last called.

@@ -13,9 +13,11 @@ from mesh.errors import EngineUnavailable, InvalidRequest, MeshError, ProtocolEr
 from mesh.link.frames import Frame, encode_control
 from mesh.link.link import WINDOW_BYTES, IncomingStream
 from proxy.downstream import Downstream
-from proxy.fleet import Worker
+from proxy.fleet import Fleet, Worker
 from proxy.forward import SLOW_CLIENT_BYTES, SLOW_CLIENT_S, Attempt, usage_of
 from proxy.health import Health
+from proxy.moves import Moves
+from proxy.openai import Call
 from tests.support.pipe import Pair, linked
 from tests.support.web_client import ClientRequest, ClientTransport
 
@@ -320,6 +322,23 @@ async def test_request_moves_from_an_engine_that_stands_still_if_it_may_and_has_
         stream.send_now(b"data: {}\n\n")
         await stage.pair.settle()
     assert stage.check(0.5) is not moves
+    if moves:
+        assert isinstance(await stage.error(), WorkerLost)
+
+
+@pytest.mark.parametrize(("fixed", "after_s", "moves"), [("", 9.0, False), ("", 12.0, True), ("tools", 12.0, False)])
+async def test_stream_that_has_begun_waits_longer_and_moves_only_if_it_can(stage: Stage, fixed: str, after_s: float, moves: bool) -> None:
+    passage = Moves(Fleet(on_record=lambda record: None), enabled=True).passage(cast(Call, type("Call", (), {"stream": True})()), "req_1")
+    assert passage is not None
+    stage.attempt._passage = passage
+    stream = await stage.start()
+    stage.attempt.may_move = stage.attempt.worker.stuck = True
+    stream.send_head({"status": 200, "type": "text/event-stream"} | ({"fixed": fixed} if fixed else {}))
+    stream.send_now(b"data: {}\n\n")
+    await stage.pair.settle()
+    passage.trail += b"trail"
+    assert stage.check(0.5), "its bytes are a sign"
+    assert stage.check(after_s) is not moves
     if moves:
         assert isinstance(await stage.error(), WorkerLost)
 
