@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import random
@@ -117,8 +118,11 @@ async def get(front: Front, path: str, key: str | None = None, **headers: str) -
 
 async def whole(stream: IncomingStream, head: dict[str, Any]) -> None:
     """Answers properly, and says what it was sent."""
-    body = await stream.read_body(max_bytes=head["size"])
-    answer = json.dumps({"choices": [{"message": {"content": "hello"}}], "echo": len(body)}).encode()
+    await whole_answer(stream, len(await stream.read_body(max_bytes=head["size"])))
+
+
+async def whole_answer(stream: IncomingStream, echo: int) -> None:
+    answer = json.dumps({"choices": [{"message": {"content": "hello"}}], "echo": echo}).encode()
     stream.accept()
     stream.send_head({"status": 200, "type": "application/json", "length": len(answer)})
     await stream.send(answer)
@@ -789,6 +793,46 @@ async def test_client_that_does_not_read_stalls_only_its_own_stream(front: Front
     assert len(answer.body) == 800 * (10_000 + 8)
 
 
+async def test_body_of_twenty_megabytes_goes_between_the_tokens_of_other_streams(front: Front) -> None:
+    """Every turn of the loop, a token of the one stream and a piece of the other's body: no step takes much of either."""
+    steps: list[tuple[int, float]] = []
+
+    async def ticking(stream: IncomingStream, head: dict[str, Any]) -> None:
+        stream.send_head({"status": 200, "type": "text/event-stream"})
+        while not stream.done:
+            await stream.send(EVENT)
+            await asyncio.sleep(0)
+
+    async def taking(stream: IncomingStream, head: dict[str, Any]) -> None:
+        body = await stream.read_body(max_bytes=head["size"])
+        passed.append(len(steps))
+        await whole_answer(stream, len(body))
+
+    async def watch() -> None:
+        while True:
+            before = len(wire.got)
+            await wire.more()
+            if len(wire.got) > before:
+                steps.append((front.app.bodies.held_bytes, time.thread_time()))
+
+    passed: list[int] = []
+    await front.worker(ticking, models=(ModelEntry(name="t"),))
+    await front.worker(taking)
+    wire, large = await front.connect(), await front.connect()
+    await wire.send(post(CHAT, chat(model="t", stream=True), front.key()))
+    await wire.until(EVENT)
+    watching = asyncio.create_task(watch())
+    image = "x" * 20_000_000
+    await large.send(post(CHAT, chat(messages=[{"role": "user", "content": image}]), front.key()))
+    answer = await large.answer()
+    watching.cancel()
+    assert answer.json()["echo"] > len(image)
+    assert passed[0] > 50, "the stream went on meanwhile"
+    gathered = [after[0] - before[0] for before, after in itertools.pairwise(steps)]
+    assert max(gathered) <= 2 << 20
+    assert max(after[1] - before[1] for before, after in itertools.pairwise(steps)) < 0.5, "CPU time of this whole process, client included"
+
+
 async def test_clients_that_leave_while_their_answers_end_harm_nobody(front: Front) -> None:
     async def ends(stream: IncomingStream, head: dict[str, Any]) -> None:
         stream.send_head({"status": 200, "type": "text/event-stream"})
@@ -967,6 +1011,18 @@ async def test_client_that_goes_away_cancels_the_generation_in_the_engine(front:
             await engine.until(lambda stats: stats.cancelled == 1)
         assert engine.stats.completion_tokens < 500
         await asyncio.wait_for(gateway.admission.idle(), DEADLINE_S)
+
+
+async def test_cancelling_overtakes_the_next_request_on_its_way_to_the_engine(front: Front) -> None:
+    async with FakeEngine(tokens_per_s=20) as engine, front.gateway(engine) as _:
+        wire, other = await front.connect(), await front.connect()
+        await wire.send(post(CHAT, chat(max_tokens=1000, stream=True), front.key()))
+        await wire.until(b"content")
+        wire.close()
+        await other.send(post(CHAT, chat(max_tokens=1), front.key()))
+        assert (await other.answer()).status == 200
+        assert engine.stats.cancelled == 1
+        assert engine.stats.completion_tokens < 20, "a second of generating for nobody"
 
 
 async def test_full_worker_queues_then_refuses_and_serves_in_the_end(front: Front) -> None:
