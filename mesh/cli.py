@@ -9,6 +9,7 @@ from mesh.commands.directory import doctor, lookup, peers
 from mesh.commands.local import down, up
 from mesh.commands.nodes import drain, undrain
 from mesh.commands.operator import create, invite, key
+from mesh.commands.usage import bill, logs, prices, usage
 from mesh.commands.user import chat, init, models, status, workers
 
 
@@ -21,5 +22,6 @@ def main() -> None:
     """One OpenAI-compatible API in front of GPU machines anywhere, with no central anything."""
 
 
-for _command in (up, down, create, invite, key, init, chat, models, status, workers, peers, lookup, doctor, drain, undrain):
+_LOOKING = (models, status, workers, peers, lookup, doctor, usage, logs, bill)
+for _command in (up, down, create, invite, key, init, chat, *_LOOKING, prices, drain, undrain):
     main.add_command(_command)

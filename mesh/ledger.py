@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -24,7 +24,7 @@ from mesh.clock import Clock
 from mesh.errors import ConfigError
 from mesh.identity import Identity
 from mesh.merkle import audit_path, leaf_hash, root_hash
-from mesh.receipts import Proof, Row, batch_digest, seal_batch
+from mesh.receipts import Proof, Row, batch_digest, pack_proof, parse_receipt, seal_batch
 
 log = structlog.get_logger(__name__)
 
@@ -64,21 +64,31 @@ class Entry(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """Which receipts: from ``since`` until before ``until`` (wall-clock ms), after ``after``, of a project, of a key."""
+    """Which receipts: from ``since`` until before ``until`` (wall-clock ms), after ``after``, of a project, of a key.
+
+    With ``written``, in the order in which they were written, those after that place: for who follows what comes in.
+    """
 
     since: int = 0
     until: int = 1 << 62
     after: Order = START
     project: str | None = None
     key: bytes | None = None
+    written: int | None = None
+    prove: str = ""
+    """A request's id: its receipts with their proofs instead, packed as `pack_proof` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """Receipts in `Receipt.order`, as bytes. ``more``: there are further ones after these."""
+    """Receipts in `Receipt.order`, as bytes. ``more``: there are further ones after these.
+
+    ``last``: the place up to which this goes in the order of writing; without `Query.written`, that of the newest of all.
+    """
 
     receipts: tuple[bytes, ...]
     more: bool
+    last: int = 0
 
 
 def signer(identity: Identity, clock: Clock) -> Sign:
@@ -170,6 +180,10 @@ class Ledger:
 
     async def page(self, query: Query) -> Page:
         """What is on disk, a page of it."""
+        if query.prove:
+            proofs = await self.prove(query.prove, since=query.since)
+            visible = [proof for proof in proofs if query.project in (None, parse_receipt(proof.receipt).project)]
+            return Page(receipts=tuple(map(pack_proof, visible)), more=False)
         return await asyncio.get_running_loop().run_in_executor(self._reader, self._store.page, query)
 
     async def prove(self, request_id: str, *, since: int = 0) -> list[Proof]:
@@ -312,23 +326,30 @@ class _Store:
         self._forgot_at = now
 
     def page(self, query: Query) -> Page:
-        where, values = ["(at, id, attempt) > (?, ?, ?)", "at < ?"], [*max(query.after, (query.since, "", -1)), query.until]
+        where, order = ["at >= ?", "at < ?"], "at, id, attempt"
+        values: list[Any] = [query.since, query.until]
+        last = self._read.execute("SELECT coalesce(max(n), 0) FROM receipts").fetchone()[0]
+        if query.written is not None:
+            where, values, order = [*where, "n > ?"], [*values, query.written], "n"
+        elif query.after != START:
+            where, values = ["(at, id, attempt) > (?, ?, ?)", "at < ?"], [*query.after, query.until]
         for column, value in (("project", query.project), ("key", query.key)):
             if value is not None:
                 where.append(f"{column} = ?")
                 values.append(value)
         found = self._read.execute(
-            f"SELECT body FROM receipts WHERE {' AND '.join(where)} ORDER BY at, id, attempt LIMIT ?", (*values, PAGE_RECEIPTS + 1)
+            f"SELECT n, body FROM receipts WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?", (*values, PAGE_RECEIPTS + 1)
         )
         receipts: list[bytes] = []
-        size = 0
-        for (body,) in found:
+        size = reached = 0
+        for n, body in found:
             size += len(body) + 3
             if size > PAGE_BYTES or len(receipts) == PAGE_RECEIPTS:
                 found.close()
-                return Page(receipts=tuple(receipts), more=True)
+                return Page(receipts=tuple(receipts), more=True, last=last if query.written is None else reached)
             receipts.append(body)
-        return Page(receipts=tuple(receipts), more=False)
+            reached = n
+        return Page(receipts=tuple(receipts), more=False, last=max(last, reached))
 
     def prove(self, request_id: str, since: int) -> list[Proof]:
         db, proofs = self._read, []

@@ -32,6 +32,7 @@ RECEIPTS_DOMAIN = "infermesh/receipts"
 MAX_RECEIPT_BYTES = 1200
 MAX_BATCH_BYTES = 700
 MAX_BATCH_RECEIPTS = 1 << 20
+MAX_PROOF_BYTES = MAX_RECEIPT_BYTES + MAX_BATCH_BYTES + 20 * HASH_BYTES + 64
 MAX_TOKENS = 10**9
 MAX_MS = 10**13
 """Of a moment or a stretch: the year 2286."""
@@ -262,6 +263,25 @@ class Proof:
     index: int
     path: tuple[bytes, ...]
     batch: bytes
+
+
+def pack_proof(proof: Proof) -> bytes:
+    """For the way from the node that has it."""
+    return pack_receipt({"r": proof.receipt, "i": proof.index, "path": b"".join(proof.path), "b": proof.batch})
+
+
+def parse_proof(data: bytes) -> Proof:
+    """Raises `MalformedEnvelope`; proves nothing yet."""
+    if len(data) > MAX_PROOF_BYTES:
+        raise MalformedEnvelope(f"a proof has at most {MAX_PROOF_BYTES} bytes")
+    fields = parse_payload(data)
+    path = read_bytes(fields, "path")
+    return Proof(
+        receipt=read_bytes(fields, "r", max_len=MAX_RECEIPT_BYTES),
+        index=read_int(fields, "i", high=MAX_BATCH_RECEIPTS),
+        path=tuple(path[at : at + HASH_BYTES] for at in range(0, len(path), HASH_BYTES)),
+        batch=read_bytes(fields, "b", max_len=MAX_BATCH_BYTES),
+    )
 
 
 def verify_proof(proof: Proof, trust: Trust, *, now: float) -> tuple[Receipt, Batch]:

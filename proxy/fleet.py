@@ -244,6 +244,11 @@ class Fleet:
         """The ready workers that serve the same, itself among them."""
         return self._groups.get(_served(worker), (worker,))
 
+    def link_of(self, node_id: bytes) -> Link | None:
+        """The link to a worker, if there is one."""
+        worker = self.workers.get(node_id)
+        return worker.link if worker is not None else None
+
     # -- PeersOwner
 
     def on_up(self, link: Link, record: Record) -> None:

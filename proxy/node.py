@@ -9,6 +9,7 @@ import structlog
 
 from mesh import __version__
 from mesh.address import Address, parse_address
+from mesh.books import Books
 from mesh.bulletin import watch_documents
 from mesh.clock import SystemClock
 from mesh.cordon import Cordon
@@ -32,6 +33,7 @@ from proxy.orders import Orders
 from proxy.peers import ByRole, Proxies
 from proxy.processes import run_processes
 from proxy.server import HttpServer
+from proxy.usage import UsageRoutes, held_prices
 from proxy.views import Views
 
 log = structlog.get_logger(__name__)
@@ -92,7 +94,18 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     metrics.registry.register(LedgerCollector(ledger))
     orders = Orders(fleet, proxies, cordon, identity.trust, clock=clock)
-    routes = {**documents.routes(), **orders.routes()}
+    books = proxies.books = Books(ledger, link_of=fleet.link_of)
+    usage = UsageRoutes(
+        books,
+        gate,
+        own=identity.node_id,
+        workers=lambda: {node_id: worker.link for node_id, worker in fleet.workers.items()},
+        proxies=lambda: {node_id: proxy.link for node_id, proxy in proxies.linked.items()},
+        known=lambda: directory.known(Role.WORKER),
+        prices=lambda: held_prices(directory),
+        clock=clock,
+    )
+    routes = {**documents.routes(), **orders.routes(), **usage.routes()}
     app = App(
         config,
         gate=gate,
@@ -140,6 +153,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         await server.stop()
         await node.stop()
         await directory.stop()
+        await books.stop()
         await ledger.stop()
     return 0
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mesh import books
+from mesh.books import Books
 from mesh.errors import InvalidRequest, ProtocolError
 from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
@@ -71,6 +73,7 @@ class Proxies:
     def __init__(self, *, on_record: Callable[[Record], None]) -> None:
         self.linked: dict[bytes, Proxy] = {}
         self.on_order: Callable[[Link, dict[str, Any]], None] = lambda link, fields: None
+        self.books: Books | None = None
         self._on_record = on_record
 
     def on_up(self, link: Link, record: Record) -> None:
@@ -102,4 +105,7 @@ class Proxies:
             self.on_order(link, fields)
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
+        if self.books is not None and head.get("task") == books.TASK:
+            self.books.open(stream, head)
+            return
         stream.fail(InvalidRequest("a proxy serves no requests of other proxies"))

@@ -9,7 +9,8 @@ from typing import Any
 
 import structlog
 
-from mesh import __version__
+from mesh import __version__, books
+from mesh.books import Books
 from mesh.clock import SystemClock
 from mesh.cordon import Cordon
 from mesh.directory import Directory
@@ -85,6 +86,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
     cordon = Cordon(identity, config.state_dir, clock=clock, on_change=on_cordon)
 
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
+    receipts = Books(ledger)
     uptime = Uptime(ledger, gpus=capability.gpu_count, clock=clock, rng=rng)
     progress = DownloadProgress(config.model[0] if config.model else config.engine, report)
     supervisor = Supervisor(
@@ -123,7 +125,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
         node = MeshNode(
             identity,
             directory,
-            _Links(gateway, pusher, cordon),
+            _Links(gateway, receipts, pusher, cordon),
             links_with=(Role.PROXY,),
             about=describe,
             state_dir=config.state_dir,
@@ -168,6 +170,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             await gateway.stop()
             await node.stop()
             await directory.stop()
+            await receipts.stop()
             await ledger.stop()
     return 0
 
@@ -201,9 +204,10 @@ def kv_cache_tokens(config: WorkerConfig) -> int:
 class _Links:
     """Implements `mesh.link.peers.PeersOwner` for a worker: proxies open streams, and that is all they may do."""
 
-    def __init__(self, gateway: Gateway, pusher: LoadPusher, cordon: Cordon) -> None:
+    def __init__(self, gateway: Gateway, receipts: Books, pusher: LoadPusher, cordon: Cordon) -> None:
         self._gateway = gateway
         self._cordon = cordon
+        self._books = receipts
         self._pusher = pusher
 
     def on_up(self, link: Link, record: Record) -> None:
@@ -229,4 +233,7 @@ class _Links:
             self._cordon.obey_frame(fields)
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
-        self._gateway.open(stream, head)
+        if head.get("task") == books.TASK:
+            self._books.open(stream, head)
+        else:
+            self._gateway.open(stream, head)
