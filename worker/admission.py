@@ -91,6 +91,11 @@ class _Class:
             self._forget(project, queue)
         return True
 
+    def crowds_out(self, project: str) -> bool:
+        """Whether another project has so many more waiting than this one that it should give way."""
+        own = len(self._projects[project].turns) if project in self._projects else 0
+        return any(len(queue.turns) > own + 1 for queue in self._projects.values())
+
     def shed(self) -> Turn:
         """Take the newest turn of the project that has most waiting; there must be one."""
         project = max(self._projects, key=lambda name: len(self._projects[name].turns))
@@ -119,7 +124,10 @@ class _Class:
 
 
 class Admission:
-    """At most ``limit`` requests run and at most ``queue_limit`` wait; the rest are turned away, the lowest priority first."""
+    """At most ``limit`` requests run and at most ``queue_limit`` wait.
+
+    The rest are turned away: the lowest priority first, then whose project has most waiting.
+    """
 
     def __init__(self, *, limit: int, queue_limit: int) -> None:
         self._limit = limit
@@ -135,7 +143,7 @@ class Admission:
     async def slot(self, priority: Priority = Priority.INTERACTIVE, project: str = "", *, cost: float = 1.0) -> AsyncIterator[None]:
         """Hold a slot for the length of a block. ``cost`` is the request's share of its project's turn, more than 0.
 
-        Raises `Overloaded` if the queue is full, or fills up with more urgent requests while this one waits.
+        Raises `Overloaded` if the queue is full, or fills up with more urgent requests, or other projects', while this one waits.
         """
         await self._take(priority, project, cost)
         try:
@@ -147,14 +155,19 @@ class Admission:
         """Return once nothing runs or waits."""
         await self._idle.wait()
 
-    def check(self, priority: Priority = Priority.INTERACTIVE) -> None:
-        """Raises `Overloaded` if a request that comes now would be turned away."""
+    def check(self, priority: Priority = Priority.INTERACTIVE, project: str = "") -> None:
+        """Raises `Overloaded` if a request that comes now would be turned away.
+
+        In a full queue what is less urgent gives way, and of equal urgency the project that has most waiting: to one that has less.
+        """
         full = (self.running >= self._limit or self.waiting) and self.waiting >= self._queue_limit
-        if full and not any(self._classes[lower].waiting for lower in Priority if lower > priority):
+        if not full or any(self._classes[lower].waiting for lower in Priority if lower > priority):
+            return
+        if not self._classes[priority].crowds_out(project):
             raise _full()
 
     async def _take(self, priority: Priority, project: str, cost: float) -> None:
-        self.check(priority)
+        self.check(priority, project)
         self._idle.clear()
         if self.running < self._limit and not self.waiting:
             self.running += 1
@@ -178,7 +191,7 @@ class Admission:
             raise
 
     def _shed(self) -> None:
-        """Turn the newest of the lowest priority away, for one that is more urgent."""
+        """Turn the newest of the lowest priority away, of the project that has most there."""
         lowest = max(priority for priority, queue in self._classes.items() if queue.waiting)
         turn = self._classes[lowest].shed()
         self.waiting -= 1

@@ -39,6 +39,9 @@ class WorkerConfig(NodeConfig):
     outbound: bool = setting(False, help="Open no inbound port: dial the proxies instead.")
     max_concurrency: int = setting(500, metavar="N", help="Requests in the engine at once.")
     queue_limit: int = setting(500, metavar="N", help="Requests waiting above that before new ones are refused.")
+    max_bodies_bytes: int = setting(
+        2 << 30, metavar="SIZE", help="Request bodies in memory at once, all together; one proxy may bring half of that."
+    )
     load_timeout_s: float = setting(900.0, metavar="TIME", help="How long the engine may take to become ready.")
     stall_timeout_s: float = setting(
         0.0, metavar="TIME", help="How long the engine may make no step with work to do before it is restarted; 0: 30s, embedded 5m."
@@ -75,6 +78,7 @@ class WorkerConfig(NodeConfig):
         )
         self.require(1 <= self.max_concurrency <= 100_000, "max_concurrency", "must be from 1 to 100000")
         self.require(0 <= self.queue_limit <= 100_000, "queue_limit", "must be from 0 to 100000")
+        self.require(self.max_bodies_bytes >= 1 << 20, "max_bodies_bytes", "must be at least 1MiB")
         self.require(self.load_timeout_s > 0, "load_timeout_s", "must be more than zero")
         for field in ("threads", "context_tokens", "parallel", "kv_cache_tokens"):
             self.require(getattr(self, field) >= 0, field, "must not be negative")

@@ -42,6 +42,7 @@ from worker.moving.tracked import Piece, TrackedEvents
 from worker.moving.trail import parse_trail
 from worker.prefill import Prefill, Prompt, Work
 from worker.pulse import Pulse
+from worker.room import Room
 from worker.usage import LARGE_BYTES, EventStream, Prepared, Usage, engine_complaint, engine_failure, prepare_body, read_answer
 
 log = structlog.get_logger(__name__)
@@ -82,6 +83,7 @@ class Gateway:
         prefill: Prefill | None = None,
         pulse: Pulse | None = None,
         meter: Meter | None = None,
+        max_bodies_bytes: int = MAX_REQUEST_BYTES,
     ) -> None:
         self.admission = admission
         self.pulse = pulse or Pulse()
@@ -98,6 +100,7 @@ class Gateway:
         self._ticking: asyncio.Task[None] | None = None
         self._closing: asyncio.TimerHandle | None = None
         self._closed = False
+        self._room = Room(max_bodies_bytes)
 
     def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         """A proxy opened a stream: serve it in a task of its own."""
@@ -149,17 +152,11 @@ class Gateway:
             if request.deadline_s:
                 self._expire_in(request.deadline_s, stream)
             self._meter.check()
-            self.admission.check(request.priority)  # before the body is read: a full worker need not take megabytes to say no
-            if request.prompt is None:
-                await self._answer(stream, request, model, None)
-                return
-            work = self.prefill.arrive(stream.link, request.prompt)
-            usage = None
-            try:
-                usage = await self._answer(stream, request, model, work)
-            finally:
-                self.prefill.leave(work, usage)
-                self._on_load()
+            self.admission.check(
+                request.priority, request.project
+            )  # before the body is read: a full worker need not take megabytes to say no
+            with self._room.hold(stream.link, request.trail_size + request.size):
+                await self._work(stream, request, model)
         except MeshError as error:
             stream.fail(error)
         except TimeoutError:
@@ -167,6 +164,18 @@ class Gateway:
         except Exception:
             log.exception("request.crashed")
             stream.fail(WorkerError("The worker failed to handle this request"))
+
+    async def _work(self, stream: IncomingStream, request: _Request, model: ModelSpec) -> None:
+        if request.prompt is None:
+            await self._answer(stream, request, model, None)
+            return
+        work = self.prefill.arrive(stream.link, request.prompt)
+        usage = None
+        try:
+            usage = await self._answer(stream, request, model, work)
+        finally:
+            self.prefill.leave(work, usage)
+            self._on_load()
 
     def _expire_in(self, deadline_s: float, stream: IncomingStream) -> None:
         """End what this task serves when nobody wants it any more."""

@@ -111,6 +111,7 @@ async def run(config: WorkerConfig, stop: asyncio.Event) -> int:
             clock=clock,
             prefill=prefill,
             pulse=pulse,
+            max_bodies_bytes=config.max_bodies_bytes,
             meter=Meter(ledger, clock=clock),
         )
         vitals = Vitals(

@@ -300,6 +300,24 @@ async def test_full_queue_sheds_the_newest_of_the_lowest_priority_for_a_higher_o
     assert (crowd.admission.running, crowd.admission.waiting) == (0, 0)
 
 
+async def test_full_queue_of_one_project_makes_room_for_another_until_they_have_the_same() -> None:
+    crowd = Crowd(Admission(limit=1, queue_limit=6))
+    for number in range(7):
+        crowd.come(number, project="greedy")
+    await settle()
+    with pytest.raises(Overloaded):
+        crowd.admission.check(Priority.INTERACTIVE, "greedy")
+    crowd.admission.check(Priority.INTERACTIVE, "modest")
+    for number in range(7, 12):
+        crowd.come(number, project="modest")
+        await settle()
+    assert crowd.refused == [6, 5, 4, 10, 11], "three each: then the queue is full for both"
+    with pytest.raises(Overloaded):
+        crowd.admission.check(Priority.BATCH, "third")
+    for task in crowd.tasks.values():
+        task.cancel()
+
+
 async def test_projects_that_come_and_go_leave_little_behind(busy: Crowd) -> None:
     for number in range(1, REMEMBERED * 2):
         busy.come(number, project=f"p{number}").cancel()
