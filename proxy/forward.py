@@ -186,6 +186,9 @@ class Attempt:
     def on_head(self, head: dict[str, Any]) -> None:
         if self._tokens and self._stream is not None:
             self.worker.settled(self._stream.number)
+        ago_ms = head.get("acc")
+        if self.accepted_at is None and type(ago_ms) is int and ago_ms >= 0:
+            self.accepted_at = max(self._started_at, self._loop.time() - ago_ms / 1000)
         try:
             if self._resumes and self._passage is not None:
                 self._passage.resume(head, self.worker)

@@ -194,6 +194,8 @@ class Sink:
 
     def __init__(self, *, eager: bool = True) -> None:
         self.accepted = 0
+        self.slot_ms: int | None = None
+        """What HEAD said of it, which then counts as accepted too."""
         self.progress: list[dict[str, Any]] = []
         self.heads: list[dict[str, Any]] = []
         self.data = bytearray()
@@ -209,6 +211,8 @@ class Sink:
         self.progress.append(info)
 
     def on_head(self, head: dict[str, Any]) -> None:
+        self.slot_ms = head.pop("acc", None)
+        self.accepted += self.slot_ms is not None
         self.heads.append(head)
 
     def on_data(self, data: bytes) -> None:

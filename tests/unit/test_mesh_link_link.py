@@ -66,6 +66,36 @@ async def test_request_and_answer_pass_whole_whatever_the_pieces(piece_bytes: in
     assert pair.alice.streams == pair.bob.streams == 0
 
 
+async def test_slot_is_told_by_the_head_of_an_answer_that_comes_soon() -> None:
+    pair = await linked()
+    sink = pair.open()
+    await pair.settle()
+    stream, _ = pair.bob_owner.opened[0]
+    stream.accept()
+    stream.send_head({"status": 200})
+    await pair.settle()
+    assert (sink.heads, sink.accepted) == ([{"status": 200}], 1)
+    assert sink.slot_ms is not None
+    assert 0 <= sink.slot_ms < 10_000
+
+
+async def test_slot_is_told_by_itself_while_an_answer_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "ACCEPT_AFTER_S", 0.001)
+    pair = await linked()
+    sink, cancelled = pair.open(), pair.open()
+    await pair.settle()
+    for stream, _ in pair.bob_owner.opened:
+        stream.accept()
+    cancelled.stream.cancel()
+    async with asyncio.timeout(10):
+        while not sink.accepted:
+            await asyncio.sleep(0.001)
+            await pair.settle()
+    pair.bob_owner.opened[0][0].send_head({"status": 200})
+    await pair.settle()
+    assert (sink.accepted, sink.slot_ms, sink.heads, cancelled.accepted) == (1, None, [{"status": 200}], 0)
+
+
 async def test_frames_of_one_turn_leave_in_one_write() -> None:
     pair = await linked()
     sinks = [pair.open() for _ in range(20)]
