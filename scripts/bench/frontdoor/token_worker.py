@@ -16,6 +16,7 @@ import worker.node
 from mesh.errors import WorkerError
 from mesh.link.link import IncomingStream
 from worker.cli import main
+from worker.gateway import Gateway
 
 STEP_S = 0.02
 BODY_DEADLINE_S = 30.0
@@ -43,27 +44,27 @@ class _Flow:
         self.arrived = STAMP % time.monotonic_ns()
 
 
-class TokenGateway:
+class TokenGateway(Gateway):
     """In the place of `worker.gateway.Gateway`."""
 
-    def __init__(self, *_engine: object, admission: Any, on_load: object, **_others: object) -> None:
-        self.admission = admission
-        self.served = 0
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self._flows: dict[IncomingStream, _Flow] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._ticking: asyncio.Task[None] | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+        self._stepping: asyncio.Task[None] | None = None
 
     def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
-        self._ticking = self._ticking or asyncio.create_task(self._tick())
-        task = asyncio.create_task(self._serve(stream))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._stepping = self._stepping or asyncio.create_task(self._tick())
+        task = asyncio.create_task(self._hand_out(stream))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def stop(self) -> None:
-        for task in (*self._tasks, *((self._ticking,) if self._ticking else ())):
+        for task in (*self._serving, *((self._stepping,) if self._stepping else ())):
             task.cancel()
+        await super().stop()
 
-    async def _serve(self, stream: IncomingStream) -> None:
+    async def _hand_out(self, stream: IncomingStream) -> None:
         try:
             async with asyncio.timeout(BODY_DEADLINE_S):
                 body = json.loads(await stream.read_body(max_bytes=1 << 30))
