@@ -16,7 +16,7 @@ class Access(StrEnum):
     """What a route asks for."""
 
     PUBLIC = "public"
-    """Nothing: it tells a load balancer that the process lives."""
+    """Nothing: it tells a load balancer that the process lives, or anybody what the API is."""
     SIGNED = "signed"
     """No key: what is sent is signed by an issuer of the mesh, and that is checked."""
     KEY = "key"
@@ -40,6 +40,7 @@ ROLES = {
 ACCESS: dict[tuple[str, str], Access] = {
     ("GET", "/health"): Access.PUBLIC,
     ("GET", "/readyz"): Access.PUBLIC,
+    ("GET", "/openapi.json"): Access.PUBLIC,
     ("GET", "/metrics"): Access.LOCAL_VIEWER,
     ("GET", "/v1/models"): Access.KEY,
     ("GET", "/v1/models/"): Access.KEY,

@@ -28,6 +28,7 @@ from mesh.errors import (
     Rerouted,
     RouteNotFound,
 )
+from proxy import openapi
 from proxy.access import ROLES, Access, access_of
 from proxy.body import Bodies
 from proxy.config import ProxyConfig
@@ -85,6 +86,7 @@ class App:
         self.bodies = Bodies(most_bytes=config.max_body_bytes, room_bytes=config.max_bodies_bytes, patience_s=config.body_timeout_s)
         self._attempts: set[Attempt] = set()
         self._created = int(time.time())
+        self._description = b""
         self._loop = asyncio.get_running_loop()  # asking for it costs a system call each time
         self.draining = False
         self.in_flight = 0
@@ -93,6 +95,7 @@ class App:
         own: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
             "/readyz": {"GET": self._ready},
+            openapi.PATH: {"GET": self._describe},
             "/metrics": {"GET": self._render_metrics},
             "/v1/models": {"GET": self._models},
             "/v1/models/": {"GET": self._model},
@@ -186,6 +189,10 @@ class App:
         return web.json_response(
             {"status": status, "models": len(models)}, status=200 if ready else 503, headers={"x-request-id": request_id}
         )
+
+    async def _describe(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        self._description = self._description or openapi.encode_api(self.routes())
+        return web.Response(body=self._description, content_type="application/json", headers={"x-request-id": request_id})
 
     async def _render_metrics(self, request: web.BaseRequest, request_id: str) -> web.Response:
         body = self._metrics.render()

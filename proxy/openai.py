@@ -29,6 +29,7 @@ MOST_TIMEOUT_S = 86_400
 SHORT_BYTES = 2 * BLOCK_BYTES
 """A body up to this length has a prompt of at most 256 tokens or so: some milliseconds of a GPU, and not worth the microseconds here."""
 
+MAX_MODEL_CHARS = 256
 MAX_COUNT = 2**31 - 1
 """No honest number of tokens or answers is beyond it, and some engines' integers end there."""
 
@@ -74,12 +75,9 @@ class _Name:
 
 _decode_names = msgspec.json.Decoder(dict[_Name, msgspec.Raw], dec_hook=lambda kind, value: kind(value)).decode
 
-_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
-    "chat": msgspec.json.Decoder(_Chat),
-    "completions": msgspec.json.Decoder(_Completions),
-    "embeddings": msgspec.json.Decoder(_Input),
-    "responses": msgspec.json.Decoder(_Input),
-}
+BODIES: dict[str, type[_Body]] = {"chat": _Chat, "completions": _Completions, "embeddings": _Input, "responses": _Input}
+"""What is read of a body, by task; everything else in it is the engine's."""
+_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {task: msgspec.json.Decoder(kind) for task, kind in BODIES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +110,7 @@ def parse_call(path: str, body: bytes | bytearray) -> Call:
         raise InvalidRequest(f"The request body is not valid JSON: {error}") from None
     if len({*map(str.casefold, names)}) != len(names):
         raise _twice(names)
-    if not parsed.model or len(parsed.model) > 256:
+    if not parsed.model or len(parsed.model) > MAX_MODEL_CHARS:
         raise InvalidRequest("'model' must name a model; GET /v1/models lists them", param="model")
     if task == "chat" and not parsed.messages:
         raise InvalidRequest("'messages' must hold at least one message", param="messages")
