@@ -295,10 +295,10 @@ class Attacked:
         await settle(self.link_end, self.raw_end)
 
 
-async def attacked(*, dialled: bool = False, hello: bool = True) -> Attacked:
+async def attacked(*, dialled: bool = False, hello: bool = True, clock: Clock | None = None) -> Attacked:
     """A link (the listening side, unless ``dialled``) for a test to send nonsense to; with ``hello`` the nonsense comes after a HELLO."""
     owner, raw = Owner(ALICE), Raw()
-    link = Link(owner, clock=SystemClock(), dialled=dialled)
+    link = Link(owner, clock=clock or SystemClock(), dialled=dialled)
     link_end, raw_end = connect(link, raw)
     found = Attacked(link, owner, raw, link_end, raw_end)
     if hello:

@@ -17,6 +17,7 @@ from mesh.errors import EngineUnavailable, ProtocolError
 from mesh.link.allowance import LATE_BYTES, PER_S, Allowance
 from mesh.link.frames import MAX_PAYLOAD_BYTES, Frame, encode_control, encode_credit, encode_frame
 from mesh.link.link import MAX_INCOMING_STREAMS, WINDOW_BYTES, IncomingStream
+from tests.support.clocks import StoppedClock
 from tests.support.pipe import Attacked, Pair, Sink, attacked, linked
 
 OPEN = encode_control(Frame.OPEN, 1, {})
@@ -47,7 +48,7 @@ FLOODS: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("name", FLOODS)
 async def test_flood_of_frames_that_cost_the_sender_nothing_ends_its_link(name: str) -> None:
-    victim, other = await attacked(), await linked()
+    victim, other = await attacked(clock=StoppedClock()), await linked()
     for start in range(0, 60_000, 500):
         await victim.send(b"".join(FLOODS[name](number) for number in range(start, start + 500)))
         if victim.link.closed:
@@ -59,7 +60,7 @@ async def test_flood_of_frames_that_cost_the_sender_nothing_ends_its_link(name: 
 
 @pytest.mark.parametrize("kind", [Frame.ACCEPTED, Frame.PROGRESS, Frame.HEAD])
 async def test_flood_on_an_answer_ends_the_link(kind: Frame) -> None:
-    victim = await attacked(dialled=True)
+    victim = await attacked(dialled=True, clock=StoppedClock())
     await answering(victim)
     for _ in range(100):
         await victim.send(encode_control(kind, 1, {}) * 600)
