@@ -20,7 +20,7 @@ from kademlia.storage import IStorage
 
 from mesh.claims import CLOCK_SKEW_S
 from mesh.dht.config import DirectoryConfig
-from mesh.dht.keys import allowed_keys, rank
+from mesh.dht.keys import allowed_keys, indexes, rank
 from mesh.dht.patch import base_of, encode_patch
 from mesh.dht.verify import Claim, Verifier, lifetime_s, peek
 from mesh.errors import Expired, TrustError
@@ -149,7 +149,9 @@ class RecordStore(IStorage):  # type: ignore[misc]
         if former is None and not self._room_for(claim.node_id, source):
             return Verdict.OVER_QUOTA, None
         record = self._verifier.record(data, claim, now=wall)
-        held = Held(record=record, claim=claim, ends=now + left_s, source=source, allowed=allowed_keys(record))
+        same = former is not None and list(indexes(former.record)) == list(indexes(record))
+        allowed = former.allowed if former is not None and same else allowed_keys(record)
+        held = Held(record=record, claim=claim, ends=now + left_s, source=source, allowed=allowed)
         self._replace(held, former)
         return Verdict.ACCEPTED, held
 

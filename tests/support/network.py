@@ -151,7 +151,7 @@ class Network:
         self.bytes_out[source[0]] += len(data)
         if len(data) > _MAX_DATAGRAM_BYTES:
             self.fired["oversized"] += 1
-        self._trace.update(repr((round(self._loop.time(), 9), source, target, len(data))).encode())
+        self._trace.update(f"{self._loop.time():.9f}{source}{target}{len(data)}".encode())
         if self.tap is not None:
             self.tap(source, target, data)
         sender, receiver = self.hosts[source[0]], self.hosts.get(target[0])

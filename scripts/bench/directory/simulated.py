@@ -23,7 +23,7 @@ from mesh.errors import MeshError
 from mesh.records import Record
 from mesh.trust import Role
 from tests.sim.test_directory_hostile import Outsider, storm
-from tests.sim.test_directory_scale import crowd, look_ups, time_to_be_routable
+from tests.sim.test_directory_scale import AT_ONCE, crowd, look_ups, time_to_be_routable
 from tests.sim.test_directory_swarm import found, ids, known, ready_mesh, until
 from tests.support.byzantine import LIES, Liar
 from tests.support.swarm import SimNode, Swarm, simulate
@@ -31,6 +31,8 @@ from tests.support.swarm import SimNode, Swarm, simulate
 Json = dict[str, Any]
 Row = Json
 STORM_KINDS = 9
+JOIN_S = 40.0
+"""All workers of `crowded` come within this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Size:
     hostile: int = 100_000
     ghosts: int = 100
     workers: int = 10_000
-    window_s: float = 30.0
+    window_s: float = 20.0
     partition_nodes: int = 100
     partition_s: float = 600.0
     dark_s: float = 600.0
@@ -207,9 +209,8 @@ def byzantine(size: Size) -> list[Row]:
     async def scenario(swarm: Swarm) -> None:
         siege = Siege(swarm)
         await siege.begin(size.byzantine_nodes - liars, liars)
-        for _ in range(size.look_ups):
-            await siege.look_up()
-            await asyncio.sleep(0.05)
+        for at in range(0, size.look_ups, AT_ONCE):
+            await asyncio.gather(*(siege.look_up() for _ in range(min(AT_ONCE, size.look_ups - at))))
         told = siege.told()
         assert all(told[kind] for kind in ("withheld", "forged", "replayed", "faked contacts", "babbled", "eclipsed", "stores dropped")), (
             told
@@ -373,8 +374,8 @@ def crowded(size: Size) -> list[Row]:
         for worker in fleet:
             await worker.boot()
             worker.announce_when_joined()
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(3 * swarm.config.record_ttl_s)
+            await asyncio.sleep(JOIN_S / size.workers)
+        await asyncio.sleep(2 * swarm.config.record_ttl_s)
         network, cpu_s, datagrams = swarm.network, meter.cpu_s, meter.datagrams
         sent = sum(network.bytes_out[worker.address] for worker in fleet)
         received = sum(network.bytes_in[worker.address] for worker in fleet)
