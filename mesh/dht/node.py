@@ -46,6 +46,7 @@ _SEEDS = 24
 _LONG_LOST_S = 20.0
 _REUNITE_EVERY_S = 5.0
 _KEYS_REMEMBERED = 1_024
+_OWN_ADDRESS_CHECKS = 3
 _EXPIRE_EVERY_S = 1.0
 _SAVE_NEWS_S = 2.0
 
@@ -89,6 +90,7 @@ class DhtNode:
             table=self.table,
             store=self.store,
             serve=serve,
+            welcomes=identity.role == Role.BOOTSTRAP,
         )
         self.tasks = Tasks()
         self.publisher = Publisher(self.protocol, self.memory, config, clock, rng, self.tasks, self.walk)
@@ -109,7 +111,7 @@ class DhtNode:
         self._rng = rng
         self._state_dir = state_dir
         self._bootstraps = [split_host_port(text) for text in bootstraps]
-        self._own_addresses: dict[Address, None] = {}
+        self._own_addresses: dict[Address, float] = {}
         self._resolved: dict[Address, None] = {}
         self._remembered: dict[bytes, Contact] = {}
         self._news = False
@@ -180,7 +182,7 @@ class DhtNode:
 
     def is_own(self, address: Address) -> bool:
         """Whether a datagram to ``address`` has come back to us."""
-        return address in self._own_addresses
+        return self._own_addresses.get(address, 0.0) > self.clock.monotonic()
 
     def lost(self) -> list[tuple[Contact, float]]:
         """Peers that fell out of the table and have not come back, and how many seconds ago."""
@@ -329,11 +331,12 @@ class DhtNode:
         self._on_reunion.append(listener)
 
     def _on_own_address(self, address: Address) -> None:
-        self._own_addresses[address] = None
+        """Believed for a while only: whoever overhears what we send can send it back to us in another's name."""
+        self._own_addresses[address] = self.clock.monotonic() + _OWN_ADDRESS_CHECKS * self.config.bootstrap_recheck_s
 
     def _alone_by_right(self) -> bool:
         """No other bootstrap node is named: whoever comes will come to us."""
-        return all(address in self._own_addresses for address in self._resolved) and (bool(self._resolved) or not self._bootstraps)
+        return all(self.is_own(address) for address in self._resolved) and (bool(self._resolved) or not self._bootstraps)
 
     async def _stay_joined(self) -> float:
         """While alone, knock at every known door with growing pauses; later, look at the bootstrap nodes now and then."""
@@ -356,7 +359,7 @@ class DhtNode:
     async def _knock(self) -> None:
         """Ping bootstrap nodes, and remembered peers that are not in the table."""
         await self._resolve()
-        addresses: dict[Address, bytes | None] = {address: None for address in self._resolved if address not in self._own_addresses}
+        addresses: dict[Address, bytes | None] = {address: None for address in self._resolved if not self.is_own(address)}
         known = {contact.address: None for contact in self.table}
         for contact in list(self._remembered.values())[-_JOIN_AT_ONCE * 4 :]:
             if self.table.get(contact.id) is None:
@@ -369,10 +372,8 @@ class DhtNode:
                 break
 
     async def _greet(self, address: Address, node_id: bytes | None) -> None:
-        """Introduce ourselves to whoever is at ``address``; a remembered peer may have come back under another id."""
-        reply = await self.protocol.request(address, Op.PING, EMPTY, node_id=node_id)
-        if reply is None and node_id is not None:
-            await self.protocol.request(address, Op.PING, EMPTY)
+        """Introduce ourselves to a remembered peer, or to whichever bootstrap node is at ``address``."""
+        await self.protocol.request(address, Op.PING, EMPTY, node_id=node_id)
 
     async def _settle(self) -> None:
         """Learn our neighbourhood and make it learn us, then one look-up beyond each bucket."""

@@ -67,7 +67,7 @@ class Op(IntEnum):
 
 
 class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
-    """Answers for this node. A node that does not serve answers pings and takes notices only."""
+    """Answers for this node. A node that does not serve answers pings and takes notices only; see `SealedRpc` for ``welcomes``."""
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         table: Table,
         store: RecordStore,
         serve: bool,
+        welcomes: bool,
     ) -> None:
         SealedRpc.__init__(
             self,
@@ -92,6 +93,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
             time=time,
             counts=counts,
             own_id=own_id,
+            welcomes=welcomes,
         )
         self.router = table
         self.storage = store

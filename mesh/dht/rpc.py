@@ -126,7 +126,8 @@ class _Pending:
 
 
 class SealedRpc(RPCProtocol):  # type: ignore[misc]
-    """The transport under the Kademlia protocol. Subclasses fill ``handlers`` and override the ``on_…`` hooks."""
+    """The transport under the Kademlia protocol. Subclasses fill ``handlers`` and override the ``on_…`` hooks. ``welcomes``: it answers
+    those who do not know whom they meet here, as a bootstrap node does."""
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
         time: MeshTime,
         counts: Counts,
         own_id: bytes,
+        welcomes: bool,
     ) -> None:
         RPCProtocol.__init__(self, wait_timeout=config.max_timeout_s)
         self.clock = clock
@@ -147,7 +149,8 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
         self.time = time
         self.counts = counts
         self.own_id = own_id
-        self.sealer = Sealer(sessions.sid)
+        self.sealer = Sealer(sessions.sid, own_id)
+        self._welcomes = welcomes
         self.handlers: dict[int, Handler] = {}
         self.notices: dict[int, Handler] = {}
         self._outstanding: dict[int, _Pending] = {}
@@ -243,7 +246,7 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
             return
         pending.counters.append(counter)
         self._outstanding[counter] = pending
-        self._transmit(self.sealer.seal(header, plain, now), pending.address)
+        self._transmit(self.sealer.seal(header, plain, now, to=pending.node_id or b""), pending.address)
 
     def _send_again(self, pending: _Pending) -> None:
         if not pending.future.done() and not pending.parts:
@@ -308,10 +311,16 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
             self._refuse("unsealed", address)
             return
         if opened.sid == self.sealer.sid:
-            self.on_self(address)
+            pending = self._outstanding.get(opened.counter)
+            if pending is not None and pending.address == address:
+                self.on_self(address)
             return
         try:
-            self._accept(_parse(opened), opened, address, len(data))
+            parsed = _parse(opened)
+            if opened.addressed or parsed.flags & RESET or (self._welcomes and parsed.introduction):
+                self._accept(parsed, opened, address, len(data))
+            else:
+                self._refuse("unaddressed", address)
         except TrustError as error:
             self._refuse(error.code, address)
 
@@ -422,7 +431,7 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
             self.counts.refuse("no_network_key", error, now=self.clock.monotonic())
             return
         plain = _HEAD.pack(kind, flags, self.time.stamp()) + rest
-        self._transmit(self.sealer.seal(header, plain + mac(session.key, header, plain), now), address)
+        self._transmit(self.sealer.seal(header, plain + mac(session.key, header, plain), now, to=session.node_id), address)
 
     def _send_reset(self, parsed: _Parsed, opened: Opened, address: Address) -> None:
         """The peer believes in a session we do not have. It proves nothing, so it may only cost the peer a new introduction."""
@@ -431,7 +440,7 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
         now = self.clock.wall()
         header = self.sealer.header(self.sealer.next_counter(), now)
         plain = _HEAD.pack(parsed.kind | REPLY, RESET, self.time.stamp()) + _REPLY_HEAD.pack(opened.counter, 0, 1) + parsed.mac
-        self._transmit(self.sealer.seal(header, plain, now), address)
+        self._transmit(self.sealer.seal(header, plain, now, to=b""), address)
 
     def _accept_reset(self, parsed: _Parsed, address: Address) -> None:
         pending = self._outstanding.get(parsed.reply_to)

@@ -4,9 +4,10 @@
 
     version (1) ‖ epoch mod 2¹⁶ (2) ‖ sender's session id (8) ‖ counter (4) ‖ ChaCha20-Poly1305 ciphertext and tag
 
-The 15-byte header is authenticated with the rest. Session id and counter make the nonce: the session id is random
-for each start of a node, the counter never repeats within it, and together they name the datagram for replies and replay windows.
-A datagram that does not open earns its sender nothing, not one byte.
+The 15-byte header is authenticated with the rest, and so is the node id of whom it is for, which is not sent: said to another, it does
+not open. Only who does not know yet whom it will meet, a newcomer at a bootstrap node's address, seals it for anybody. Session id and
+counter make the nonce: the session id is random for each start of a node, the counter never repeats within it, and together they name the
+datagram for replies and replay windows. A datagram that does not open earns its sender nothing, not one byte.
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ _WINDOW = 1024
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A datagram that some member sealed: who says it, which one of its datagrams it is, and the plain bytes."""
+    """A datagram that some member sealed: who says it, which one of its datagrams it is, and the plain bytes. ``addressed``: it is for this
+    node and no other."""
 
     sid: int
     counter: int
     header: bytes
     plain: bytes
+    addressed: bool
 
 
 class Sealer:
-    """Seals and opens under the epoch keys in hand: this epoch, the one before and the one after."""
+    """Seals and opens under the epoch keys in hand: this epoch, the one before and the one after. ``own_id`` is this node's id."""
 
-    def __init__(self, sid: int) -> None:
+    def __init__(self, sid: int, own_id: bytes) -> None:
         self.sid = sid
+        self._own_id = own_id
         self._counter = 0
         self._keys: tuple[NetworkKey, ...] = ()
         self._ciphers: dict[int, ChaCha20Poly1305] = {}
@@ -71,8 +75,9 @@ class Sealer:
     def header(self, counter: int, now: float) -> bytes:
         return HEADER.pack(VERSION, self.epoch(now) & 0xFFFF, self.sid, counter)
 
-    def seal(self, header: bytes, plain: bytes, now: float) -> bytes:
-        return header + self._ciphers[self.epoch(now)].encrypt(header[3:], plain, header)
+    def seal(self, header: bytes, plain: bytes, now: float, *, to: bytes) -> bytes:
+        """``to`` is the node id of whom it is for, empty for anybody."""
+        return header + self._ciphers[self.epoch(now)].encrypt(header[3:], plain, header + to)
 
     def open(self, data: bytes, now: float) -> Opened | None:
         """None for whatever is not a datagram of this mesh and time."""
@@ -83,11 +88,13 @@ class Sealer:
         current = int(now // EPOCH_S)
         for epoch in (current, current - 1, current + 1):
             if epoch & 0xFFFF == low and epoch in self._ciphers:
-                try:
-                    plain = self._ciphers[epoch].decrypt(header[3:], data[HEADER.size :], header)
-                except InvalidTag:
-                    return None
-                return Opened(sid, counter, header, plain)
+                for to in (self._own_id, b""):
+                    try:
+                        plain = self._ciphers[epoch].decrypt(header[3:], data[HEADER.size :], header + to)
+                    except InvalidTag:
+                        continue
+                    return Opened(sid, counter, header, plain, bool(to))
+                return None
         return None
 
 

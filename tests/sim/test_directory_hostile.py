@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from mesh.dht.address import Address
 from mesh.dht.protocol import EMPTY, Op
 from mesh.dht.rpc import COOKIE, INTRO, MAC, RESET
 from mesh.dht.session import mac
@@ -35,13 +36,17 @@ async def with_liars(swarm: Swarm, *, honest: int, liars: int, look_ups: int) ->
     await asyncio.sleep(20.0)
     real = {worker.node_id: worker for worker in fleet[:honest]}
     right = 0
-    for at in range(look_ups):
+
+    async def look_up(at: int) -> None:
+        nonlocal right
         wanted = fleet[at % honest]
         asker = swarm.rng.choice(fleet[:honest])
         records = await asker.running.find_model(wanted.models[0])
         assert all(record.node_id in real and record.models[0].name == wanted.models[0] for record in records)
         right += [record.node_id for record in records] == [wanted.node_id]
-        await asyncio.sleep(0.05)
+
+    for first in range(0, look_ups, 20):
+        await asyncio.gather(*(look_up(at) for at in range(first, min(first + 20, look_ups))))
     told = sum((crook.told for crook in crooks), Counter[str]())
     print(f"{right} of {look_ups} right; lies told: {dict(told)}")
     for lie in ("withheld", "forged", "replayed", "faked contacts", "babbled", "eclipsed", "stores dropped"):
@@ -100,6 +105,61 @@ def test_a_stranger_gets_not_one_byte() -> None:
         assert refused["refused_replayed"] > 0
 
     simulate(scenario, seed=33)
+
+
+def test_a_stranger_gets_nothing_for_sending_to_one_what_was_said_to_another() -> None:
+    """What it overheard is sealed and new to whoever gets it now. Only a newcomer's first word, said to a bootstrap node, names nobody."""
+
+    async def scenario(swarm: Swarm) -> None:
+        overheard: list[tuple[str, bytes]] = []
+        swarm.network.tap = lambda source, target, data: overheard.append((target[0], data))
+        await swarm.bootstrap(1)
+        for worker in await swarm.grow(Role.WORKER, 10):
+            worker.announce()
+        await asyncio.sleep(3.0)
+        swarm.network.tap = None
+        stranger = Outsider(swarm.network)
+        sent = 0
+        for target, data in overheard:
+            for node in swarm.nodes:
+                if node.address != target:
+                    stranger.send(data, node)
+                    sent += 1
+            if sent % 500 < 10:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(2.0)
+        refused = sum((Counter(node.running.stats()) for node in swarm.nodes), Counter[str]())
+        print(sent, {name: count for name, count in refused.items() if name.startswith("refused")})
+        assert refused["refused_unsealed"] > 0.9 * sent
+        assert stranger.received == 0
+
+    simulate(scenario, seed=62)
+
+
+def test_a_stranger_cannot_make_a_node_take_anothers_address_for_its_own() -> None:
+    """It sends a node's own datagrams back to it, in the name of the bootstrap node."""
+
+    async def scenario(swarm: Swarm) -> None:
+        (first,) = await swarm.bootstrap(1)
+        (worker,) = await swarm.grow(Role.WORKER, 1)
+        overheard: list[bytes] = []
+
+        def reflect(source: tuple[str, int], target: tuple[str, int], data: bytes) -> None:
+            if source[0] == worker.address:
+                overheard.append(data)
+
+        swarm.network.tap = reflect
+        await worker.crash()
+        await worker.boot()
+        await asyncio.sleep(3.0)
+        swarm.network.tap = None
+        for data in overheard:
+            swarm.network.send((first.address, PORT), (worker.address, PORT), data)
+        await asyncio.sleep(1.0)
+        assert len(overheard) > 2
+        assert not worker.running.node.is_own(Address(first.address, PORT))
+
+    simulate(scenario, seed=63)
 
 
 def test_another_mesh_and_this_one_do_not_mix() -> None:
@@ -257,7 +317,7 @@ def test_members_that_send_nonsense_cost_nothing_but_a_count() -> None:
             flags = rng.choice([MAC, MAC, MAC | COOKIE, INTRO, 0, RESET, 255])
             header = node.protocol.sealer.header(node.protocol.sealer.next_counter(), clock.wall())
             plain = bytes((int(kind), flags)) + node.time.stamp().to_bytes(4) + body
-            sealed = node.protocol.sealer.seal(header, plain + mac(session.key, header, plain), clock.wall())
+            sealed = node.protocol.sealer.seal(header, plain + mac(session.key, header, plain), clock.wall(), to=victim.node_id)
             node.protocol.transport.sendto(sealed[:1_200], contact.address)
             await asyncio.sleep(0.005)
         await asyncio.sleep(1.0)

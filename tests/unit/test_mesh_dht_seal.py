@@ -15,20 +15,32 @@ SECRET, MESH_ID = b"s" * 32, b"m" * 32
 
 
 def sealer(sid: int = 7, *, secret: bytes = SECRET, now: float = NOW) -> Sealer:
-    made = Sealer(sid)
+    made = Sealer(sid, ident(sid))
     made.set_keys(network_keys(secret, MESH_ID, now=now))
     return made
 
 
-def sealed(by: Sealer, plain: bytes, now: float = NOW) -> bytes:
-    return by.seal(by.header(by.next_counter(), now), plain, now)
+def ident(sid: int) -> bytes:
+    return bytes((sid,)) * 32
+
+
+def sealed(by: Sealer, plain: bytes, now: float = NOW, *, to: int = 2) -> bytes:
+    return by.seal(by.header(by.next_counter(), now), plain, now, to=ident(to) if to else b"")
 
 
 def test_what_alice_seals_bob_opens() -> None:
     alice, bob = sealer(1), sealer(2)
     opened = bob.open(sealed(alice, b"hello"), NOW)
     assert opened is not None
-    assert (opened.sid, opened.counter, opened.plain) == (1, 1, b"hello")
+    assert (opened.sid, opened.counter, opened.plain, opened.addressed) == (1, 1, b"hello", True)
+
+
+def test_what_is_for_bob_is_not_for_carol_and_what_is_for_anybody_says_so() -> None:
+    alice, carol = sealer(1), sealer(3)
+    assert carol.open(sealed(alice, b"hello", to=2), NOW) is None
+    opened = carol.open(sealed(alice, b"hello", to=0), NOW)
+    assert opened is not None
+    assert not opened.addressed
 
 
 def test_another_meshs_secret_opens_nothing() -> None:
