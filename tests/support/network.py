@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.support.virtual_time import VirtualLoop
 
@@ -50,6 +51,12 @@ _NAT_TIMEOUT_S = 60.0
 _MAX_DATAGRAM_BYTES = 1_200
 
 
+class _Socket(NamedTuple):
+    """What an endpoint wants to know of its socket."""
+
+    family: socket.AddressFamily
+
+
 class Transport(asyncio.DatagramTransport):
     """One bound socket."""
 
@@ -65,6 +72,8 @@ class Transport(asyncio.DatagramTransport):
             self._network.send(self.address, (addr[0], addr[1]), bytes(data))
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "socket":
+            return _Socket(socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET)
         return self.address if name == "sockname" else default
 
     def is_closing(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mesh.dht.address import Address
 from mesh.dht.verify import Verifier
 from mesh.directory import Directory, DirectoryConfig
 from mesh.identity import Identity
@@ -91,7 +92,7 @@ class SimNode:
             issued=now,
             expires=now + self.swarm.config.record_ttl_s,
             state=self.state,
-            addresses=(f"{self.address}:{PORT}",) if self.serve else (),
+            addresses=(str(Address(self.address, PORT)),) if self.serve else (),
             models=tuple(ModelEntry(name=name) for name in self.models) if self.identity.role == Role.WORKER else (),
         )
         return seal_record(record, self.identity.key, self.identity.credentials.membership)
@@ -160,20 +161,22 @@ class Swarm:
         state_dir: Path | None = None,
         address: str | None = None,
         region: int = 0,
+        ipv6: bool = False,
     ) -> SimNode:
-        """A new machine, not yet booted. Each has a /24 of its own unless ``address`` says otherwise."""
+        """A new machine, not yet booted. Each has a /24 of its own (or, ``ipv6``, a /48) unless ``address`` says otherwise."""
         number = len(self.nodes)
         key = Ed25519PrivateKey.from_private_bytes(self.rng.randbytes(32))
         identity = self.mesh.identity(role, now=WALL_START + self.loop.time(), key=key)
-        where = address or f"20.{number >> 8 & 255}.{number & 255}.{1 + (number >> 16)}"
+        free = f"2001:db8:{number + 1:x}::1" if ipv6 else f"20.{number >> 8 & 255}.{number & 255}.{1 + (number >> 16)}"
+        where = address or free
         node = SimNode(self, identity, where, serve=serve, skew_s=skew_s, state_dir=state_dir, region=region)
         self.nodes.append(node)
         return node
 
-    async def bootstrap(self, count: int = 1) -> list[SimNode]:
+    async def bootstrap(self, count: int = 1, **about: Any) -> list[SimNode]:
         """Boot the first nodes; all later ones are given their addresses."""
-        first = [self.add(Role.BOOTSTRAP) for _ in range(count)]
-        self.bootstraps += [f"{node.address}:{PORT}" for node in first]
+        first = [self.add(Role.BOOTSTRAP, **about) for _ in range(count)]
+        self.bootstraps += [str(Address(node.address, PORT)) for node in first]
         for node in first:
             await node.boot()
         return first
