@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import InvalidRequest, ModelNotFound
 from mesh.prefix import MAX_BLOCKS, MAX_TEXT_BYTES
-from proxy.openai import TASKS, error_body, model_list, parse_call, priority_of, prompt_of, session_of
+from proxy.openai import TASKS, _are_plain, error_body, model_list, parse_call, priority_of, prompt_of, session_of
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -143,6 +143,20 @@ def test_any_json_is_a_call_or_an_invalid_request(body: dict[str, Any]) -> None:
             named = None
             assert call.model == body["model"]
         assert named is None or named in {*body, "model", "messages", "prompt", "input"}
+
+
+NAMES = st.sampled_from(["model", "Model", "mod\\u0065l", "user", "\\u0075ser", "n", "a/b", "a\\/b", "ſ", "s", ""])
+
+
+@given(st.lists(st.tuples(NAMES, st.sampled_from(["1", '"user"', '"n"', '{"model": 1}', '"\\"model\\""'])), max_size=5))
+def test_body_called_plain_names_nothing_twice(fields: list[tuple[str, str]]) -> None:
+    body = ("{" + ", ".join(f'"{name}": {value}' for name, value in fields) + "}").encode()
+    names = [json.loads(f'"{name}"').casefold() for name, _ in fields]
+    assert not _are_plain(body) or len(set(names)) == len(names)
+
+
+def test_usual_body_is_called_plain() -> None:
+    assert _are_plain(json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi\n"}], "max_tokens": 5}).encode())
 
 
 @pytest.mark.parametrize("second", ["model", "Model", "mod\\u0065l"])
