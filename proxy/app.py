@@ -213,7 +213,7 @@ class App:
 
     async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
         return web.json_response(
-            self._views.status(in_flight=self.in_flight, draining=self.draining, moves=self._moves.counts()),
+            self._views.status(in_flight=self.in_flight, draining=self.draining, moves=self._moves.counts(), retries=self._budget.counts()),
             headers={"x-request-id": request_id},
         )
 
@@ -334,7 +334,10 @@ class App:
     def _may_retry(self, error: MeshError, *, failed: int, refused: int) -> bool:
         if not self._retry.again(error, failed=failed, refused=refused, started=False):
             return False
-        return not spends(error) or self._budget.take(self._loop.time())
+        if spends(error) and not self._budget.take(self._loop.time()):
+            return False
+        self._budget.retried += 1
+        return True
 
     async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, noted: Noted) -> None:
         now = self._loop.time()

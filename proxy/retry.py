@@ -58,14 +58,15 @@ class RetryBudget:
     When everything fails at once, requests then fail early instead of coming back several times over. Times are monotonic seconds.
     """
 
-    __slots__ = ("_requests", "_retries", "_second", "_share", "refused")
+    __slots__ = ("_requests", "_retries", "_second", "_share", "refused", "retried")
 
     def __init__(self, share: float) -> None:
         self._share = share
         self._second = 0
         self._requests = [0] * WINDOW_S
         self._retries = [0] * WINDOW_S
-        self.refused = 0
+        self.refused = self.retried = 0
+        """Failed attempts that were not tried elsewhere for want of budget; those that were, also where it cost nothing."""
 
     def request(self, now: float) -> None:
         """One more request came."""
@@ -81,6 +82,10 @@ class RetryBudget:
             return False
         self._retries[self._second % WINDOW_S] += 1
         return True
+
+    def counts(self) -> dict[str, int]:
+        """For people."""
+        return {"retried": self.retried, "refused": self.refused}
 
     def _turn(self, second: int) -> None:
         for passed in range(max(self._second + 1, second - WINDOW_S + 1), second + 1):

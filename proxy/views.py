@@ -35,7 +35,7 @@ class Views:
     def workers(self) -> list[dict[str, Any]]:
         return [self._worker(record) for record in self.records(Role.WORKER)]
 
-    def status(self, *, in_flight: int, draining: bool, moves: Mapping[str, int]) -> dict[str, Any]:
+    def status(self, *, in_flight: int, draining: bool, moves: Mapping[str, int], retries: Mapping[str, int]) -> dict[str, Any]:
         return {
             "mesh": self._mesh,
             "proxy": {
@@ -43,6 +43,8 @@ class Views:
                 "in_flight": in_flight,
                 "draining": draining,
                 "streams": dict(moves),
+                "retries": dict(retries),
+                "ejections": {str(cause): count for cause, count in sorted(self._fleet.watch.ejections.items())},
                 "models": sorted(self._fleet.models()),
             },
             "proxies": self._all_proxies(),

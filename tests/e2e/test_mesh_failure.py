@@ -153,17 +153,5 @@ async def test_worker_that_becomes_ten_times_slower_is_taken_out_and_comes_back(
             assert 'infermesh_ejections_total{cause="slow"}' in await response.text()
 
 
-async def test_requests_that_every_engine_fails_eject_nobody(deployment: Deployment) -> None:
-    async with trio(deployment) as three:
-        for engine in three.engines:
-            engine.misbehave(Misbehaviour(mode=Mode.STATUS, status=500))
-        headers = {"Authorization": f"Bearer {three.key}"}
-        body = {"model": "fake", "messages": [{"role": "user", "content": "x"}]}
-        for _ in range(10):
-            async with deployment.http.post(f"{three.proxy.api}/chat/completions", json=body, headers=headers) as response:
-                assert response.status == 502
-        assert [(await three.about(number))["standing"] for number in range(3)] == ["trusted"] * 3
-
-
 def _engine_of(worker: Node) -> int:
     return next(pid for pid in descendants(worker.process.pid) if "fake_engine" in command_line(pid) and "launch" not in command_line(pid))

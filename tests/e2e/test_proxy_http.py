@@ -1145,6 +1145,16 @@ async def test_only_so_many_requests_are_tried_again_when_everything_fails(make:
     assert "infermesh_retries_refused_total 28.0" in front.metrics.render().decode()
 
 
+async def test_requests_that_every_worker_fails_eject_nobody(front: Front) -> None:
+    for _ in range(3):
+        await front.worker(failing(EngineUnavailable("broken")))
+    for _ in range(20):
+        assert (await ask(front)).status == 502
+    assert {worker.standing for worker in front.fleet.workers.values()} == {"trusted"}
+    for worker in front.fleet.workers.values():
+        assert worker.failed == 20, "each was tried each time"
+
+
 async def test_requests_of_a_worker_whose_engine_stands_still_run_elsewhere(front: Front) -> None:
     stuck = await front.worker(silent, name="stuck")
     asking = [asyncio.create_task(ask(front)) for _ in range(5)]

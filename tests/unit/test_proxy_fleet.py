@@ -221,7 +221,10 @@ def test_status_names_every_node(fleet: Fleet) -> None:
     directory = KnownRecords()
     up(fleet, record("a"))
     directory.records = [record("x", role=Role.PROXY), record("s", role=Role.BOOTSTRAP), record("p", role=Role.PROXY, seq=0)]
-    status = views(fleet, directory).status(in_flight=2, draining=False, moves={"moved": 1, "stuck": 0, "tokens": 7})
+    fleet.watch.ejections[Cause.SLOW] = 2
+    status = views(fleet, directory).status(
+        in_flight=2, draining=False, moves={"moved": 1, "stuck": 0, "tokens": 7}, retries={"retried": 3, "refused": 1}
+    )
     assert sorted(item["id"][:2] for item in status["proxies"]) == ["70", "78"]
     assert [item["id"][:2] for item in status["bootstraps"]] == ["73"]
     assert status["proxy"] == {
@@ -229,6 +232,8 @@ def test_status_names_every_node(fleet: Fleet) -> None:
         "in_flight": 2,
         "draining": False,
         "streams": {"moved": 1, "stuck": 0, "tokens": 7},
+        "retries": {"retried": 3, "refused": 1},
+        "ejections": {"slow": 2},
         "models": ["m", "m-legal"],
     }
 
