@@ -28,6 +28,7 @@
     │   └── MethodNotAllowed
     ├── CapacityError               a request cannot be served right now; trying again may help
     │   ├── RateLimited             a limit of the key or project is reached
+    │   │   └── QuotaSpent              a budget of the key or project is used up
     │   ├── Overloaded              every queue that could take it is full
     │   │   └── Rerouted            (between proxy and worker) the worker has more to do than the proxy knew
     │   ├── NoRoom                  too many connections, or too much in memory
@@ -56,7 +57,7 @@ Messages are for people: they say what was wrong and what to do next, and never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class MeshError(Exception):
@@ -235,9 +236,19 @@ class CapacityError(MeshError):
 
 
 class RateLimited(CapacityError):
-    """A limit of the key or its project is reached."""
+    """A limit of the key or its project is reached. ``headers`` tell what is left."""
 
     code = "rate_limit_exceeded"
+
+    def __init__(self, message: str = "", *, retry_after_s: float | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.headers = dict(headers or {})
+
+
+class QuotaSpent(RateLimited):
+    """A budget of the key or its project is used up."""
+
+    code = "insufficient_quota"
 
 
 class Overloaded(CapacityError):

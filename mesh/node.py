@@ -72,7 +72,7 @@ class Announcer:
         self._clock = clock
         self._rng = rng
         self._on_sign = on_sign
-        self._boot = int(clock.wall() * 1000)
+        self.boot = int(clock.wall() * 1000)
         self._seq = 0
         self._changed = asyncio.Event()
         self._record: Record | None = None
@@ -105,7 +105,7 @@ class Announcer:
         record = Record(
             node_id=self._identity.node_id,
             role=self._identity.role,
-            boot=self._boot,
+            boot=self.boot,
             seq=self._seq,
             issued=now,
             expires=now + (self._ttl_s if life_s is None else life_s),
@@ -260,6 +260,11 @@ class MeshNode:
     def record(self) -> Record:
         """This node's newest record."""
         return self._announcer.record()
+
+    @property
+    def boot(self) -> int:
+        """When this node started, as its records say."""
+        return self._announcer.boot
 
     def changed(self) -> None:
         """Something in `About` changed: tell the links and the directory now."""

@@ -37,6 +37,8 @@ from proxy.explain import Explainer
 from proxy.fleet import Fleet, Worker
 from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
+from proxy.limits.limiter import Limiter
+from proxy.limits.stash import Hold
 from proxy.metering import Meter, Noted
 from proxy.metrics import Metrics
 from proxy.moves import Moves
@@ -66,6 +68,7 @@ class App:
         views: Views,
         explainer: Explainer,
         metrics: Metrics,
+        limits: Limiter,
         rng: random.Random,
         routes: Routes | None = None,
         meter: Meter | None = None,
@@ -76,6 +79,7 @@ class App:
         self._views = views
         self._explainer = explainer
         self._metrics = metrics
+        self._limits = limits
         self._rng = rng
         self._meter = meter or Meter(None)
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
@@ -240,6 +244,7 @@ class App:
         code = "cancelled"
         body: bytes | bytearray = b""
         noted = self._meter.open(request_id, task, started)
+        hold: Hold | None = None
         self._enter()
         try:
             key = noted.key = self._authenticate(request)
@@ -251,7 +256,9 @@ class App:
             if not self._fleet.candidates(call.model, call.task):
                 raise self._nobody(call)
             model = call.model
-            response = await self._serve(request, request_id, key, call, noted)
+            entered = self._limits.enter(key, call)
+            hold = await self._limits.wait(key, call) if isinstance(entered, str) else entered
+            response = await self._serve(request, request_id, key, call, noted, hold)
             code = "ok"
             return response
         except _BrokenOff as broken:
@@ -269,6 +276,8 @@ class App:
             raise
         finally:
             self._leave()
+            if hold is not None:
+                hold.end()
             self.bodies.release(body)
             self._metrics.requests(model, task, code).inc()
             ended = time.monotonic()
@@ -276,13 +285,16 @@ class App:
             if model:
                 self._metrics.duration(model).observe(ended - started)
 
-    async def _serve(self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call, noted: Noted) -> web.StreamResponse:
+    async def _serve(
+        self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call, noted: Noted, hold: Hold | None
+    ) -> web.StreamResponse:
         """Attempt after attempt until one succeeds or none is left; once the client has a byte, to go on with the same answer."""
         transport = request.transport
         if transport is None:
             raise ConnectionResetError
         downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
         plan = self._router.plan(call, key.project, request.headers.get)
+        plan.hold = hold
         now = self._loop.time()
         self._budget.request(now)
         if timeout_s := timeout_of(request.headers.get("x-request-timeout"), self._config.deadline_s):
@@ -346,6 +358,8 @@ class App:
         if key.has_role(KeyRole.VIEWER) or key.has_role(KeyRole.ADMIN):
             headers["x-mesh-worker"] = worker.node_id.hex()[:12]
             headers["x-mesh-reason"] = plan.explain(now)
+        if plan.hold is not None:
+            headers |= plan.hold.headers()
         attempt = Attempt(worker, downstream, headers, loop=self._loop, now=now, tokens=plan.tokens - plan.expected, passage=plan.passage)
         head: dict[str, Any] = {
             "id": request_id,
@@ -382,10 +396,14 @@ class App:
             self._attempts.discard(attempt)
             if timer is not None:
                 timer.cancel()
+            if plan.hold is not None:
+                plan.hold.seen(accepted=attempt.accepted_at is not None, sent_bytes=downstream.bytes_sent)
             if on_trial:
                 self._fleet.end_trial(worker)
         worker.served += 1
         prompt, completion = usage_of(trailer)
+        if plan.hold is not None:
+            plan.hold.settle(prompt, completion)
         self._metrics.tokens(call.model, "prompt").inc(prompt)
         self._metrics.tokens(call.model, "completion").inc(completion)
         if plan.chain:

@@ -27,6 +27,8 @@ from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
+from proxy.limits.counters import Counters
+from proxy.limits.limiter import Limiter
 from proxy.metering import LedgerCollector, Meter
 from proxy.metrics import Metrics
 from proxy.orders import Orders
@@ -90,6 +92,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants)
     metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
     gate = Gate(identity.trust, clock=clock, region=config.region)
+    limits = Limiter(identity.node_id, node.boot, send=proxies.send, clock=clock, counters=Counters(config.state_dir / "limits.db"))
+    proxies.limits = limits
     documents = DocumentRoutes(directory, identity.trust, clock=clock)
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     metrics.registry.register(LedgerCollector(ledger))
@@ -113,6 +117,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         views=views,
         explainer=explainer,
         metrics=metrics,
+        limits=limits,
         rng=rng,
         routes=routes,
         meter=Meter(ledger),
@@ -121,6 +126,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     ledger.start()
     await directory.start(config.host, config.dht_port)
     try:
+        limits.follow(directory)
         _, link_port = await node.listen(config.host, config.link_port)
         node.addresses = config.addresses(link_port)
         port = await server.start()
@@ -138,11 +144,15 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
                 tasks.create_task(cordon.watch_certificate()),
                 tasks.create_task(keep_keyset(identity, store)),
                 tasks.create_task(watch_documents(directory, clock, rng)),
+                tasks.create_task(limits.run()),
+                tasks.create_task(limits.keep()),
+                tasks.create_task(limits.look(directory)),
             )
             await stop.wait()
             state = State.DRAINING
             app.draining = True
             node.changed()
+            limits.leave()
             await asyncio.sleep(LEAVE_S)
             await server.close_listener()
             await server.leave(min(POLITE_S, config.drain_s / 2))

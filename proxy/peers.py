@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mesh import books
 from mesh.books import Books
@@ -18,6 +18,18 @@ from mesh.link.link import IncomingStream, Link
 from mesh.link.peers import PeersOwner
 from mesh.records import Record, State
 from mesh.trust import Role
+
+
+class Limits(Protocol):
+    """Who shares limits with the other proxies: `proxy.limits.limiter.Limiter`."""
+
+    def up(self, node_id: bytes, boot: int, *, serving: bool) -> None: ...
+
+    def serves(self, node_id: bytes, serving: bool) -> None: ...
+
+    def down(self, node_id: bytes) -> None: ...
+
+    def on_frame(self, node_id: bytes, kind: Frame, fields: dict[str, Any]) -> None: ...
 
 
 class ByRole:
@@ -74,21 +86,27 @@ class Proxies:
         self.linked: dict[bytes, Proxy] = {}
         self.on_order: Callable[[Link, dict[str, Any]], None] = lambda link, fields: None
         self.books: Books | None = None
+        self.limits: Limits | None = None
         self._on_record = on_record
 
     def on_up(self, link: Link, record: Record) -> None:
         self.linked[record.node_id] = Proxy(link, record)
         self._on_record(record)
+        if self.limits is not None:
+            self.limits.up(record.node_id, record.boot, serving=record.state == State.READY)
 
     def on_down(self, link: Link, reason: str) -> None:
         proxy = self.linked.get(link.node_id)
         if proxy is not None and proxy.link is link:
             del self.linked[link.node_id]
+            if self.limits is not None:
+                self.limits.down(link.node_id)
 
     def on_record(self, link: Link, record: Record) -> None:
         proxy = self.linked.get(link.node_id)
         if proxy is not None and record.order > proxy.record.order:
             proxy.record = record
+            self._served(proxy)
         self._on_record(record)
 
     def on_load(self, link: Link, fields: dict[str, Any]) -> None:
@@ -98,11 +116,24 @@ class Proxies:
         raise ProtocolError("a proxy holds no prefixes")
 
     def on_drain(self, link: Link) -> None:
-        pass
+        if (proxy := self.linked.get(link.node_id)) is not None:
+            self._served(proxy)
 
     def on_frame(self, link: Link, kind: Frame, fields: dict[str, Any]) -> None:
         if kind == Frame.ORDER:
             self.on_order(link, fields)
+        elif self.limits is not None and kind in (Frame.SHARES, Frame.ASK, Frame.GRANT):
+            self.limits.on_frame(link.node_id, kind, fields)
+
+    def send(self, short: bytes, kind: Frame, fields: dict[str, Any]) -> None:
+        """Send a control frame to the linked proxy whose node id begins so, if there is one."""
+        proxy = next((proxy for node_id, proxy in self.linked.items() if node_id.startswith(short)), None)
+        if proxy is not None:
+            proxy.link.send_control(kind, fields)
+
+    def _served(self, proxy: Proxy) -> None:
+        if self.limits is not None:
+            self.limits.serves(proxy.record.node_id, proxy.serving)
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         if self.books is not None and head.get("task") == books.TASK:

@@ -24,6 +24,7 @@ from mesh.errors import (
     NoWorker,
     OrderRefused,
     Overloaded,
+    QuotaSpent,
     RateLimited,
     RequestError,
     RouteNotFound,
@@ -50,6 +51,7 @@ STATUS: dict[type[MeshError], tuple[int, str]] = {
     HeadersTooLarge: (431, "invalid_request_error"),
     DeadlineExceeded: (504, "api_error"),
     RequestError: (400, "invalid_request_error"),
+    QuotaSpent: (429, "insufficient_quota"),
     RateLimited: (429, "rate_limit_error"),
     Overloaded: (429, "rate_limit_error"),
     NoWorker: (503, "service_unavailable_error"),
@@ -78,6 +80,8 @@ def error_response(error: MeshError, *, request_id: str) -> web.Response:
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(retry_after_s)))
         headers["retry-after-ms"] = str(max(1, round(retry_after_s * 1000)))
+    if isinstance(error, RateLimited):
+        headers |= error.headers
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):

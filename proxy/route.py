@@ -16,6 +16,7 @@ import structlog
 from mesh.prefix import Chain, join_chain
 from proxy.choose import NONE_CACHED, POLICIES, Choice, Wish
 from proxy.fleet import Fleet, Worker
+from proxy.limits.stash import Hold
 from proxy.metrics import Metrics
 from proxy.moves import Passage
 from proxy.openai import Call, priority_of, prompt_of, session_of
@@ -42,6 +43,7 @@ class Plan:
         "expected",
         "failures",
         "header",
+        "hold",
         "passage",
         "priority",
         "project",
@@ -54,6 +56,7 @@ class Plan:
         self.call = call
         self.project = project
         self.header = header
+        self.hold: Hold | None = None
         self.priority = priority_of(call, header("x-priority"))
         self.chain: Chain
         self.chain, self.size_bytes = prompt_of(call)

@@ -53,6 +53,9 @@ class Frame(IntEnum):
     TOKENS = 17
     DOCUMENT = 18
     ORDER = 19
+    SHARES = 20
+    ASK = 21
+    GRANT = 22
 
 
 MAX_TRAIL_PIECE_BYTES = 255
@@ -61,7 +64,9 @@ MAX_TOKENS_DATA_BYTES = MAX_PAYLOAD_BYTES - 1 - MAX_TRAIL_PIECE_BYTES
 _TOKENS = int(Frame.TOKENS)
 _LENGTHS = tuple(bytes([length]) for length in range(MAX_TRAIL_PIECE_BYTES + 1))
 
-LINK_CONTROL = frozenset({Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX, Frame.DOCUMENT, Frame.ORDER})
+LINK_CONTROL = frozenset(
+    {Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX, Frame.DOCUMENT, Frame.ORDER, Frame.SHARES, Frame.ASK, Frame.GRANT}
+)
 """Control frames of the link itself that come after HELLO."""
 
 

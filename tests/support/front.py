@@ -27,6 +27,7 @@ from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
+from proxy.limits.limiter import Limiter
 from proxy.metering import Meter
 from proxy.metrics import Metrics
 from proxy.peers import Proxies
@@ -158,6 +159,8 @@ class Front:
         views = Views(self.fleet, Proxies(on_record=lambda record: None), directory, own=lambda: own, mesh="test", clock=self.clock)
         identity = mesh.identity(Role.PROXY, now=self.clock.wall())
         self.shelf = Shelf(mesh.trust(), self.clock)
+        self.limits = Limiter(own.node_id, own.boot, send=lambda peer, kind, fields: None, clock=self.clock)
+        self.limits.shares.looked = True
         self.app = App(
             self.config,
             gate=Gate(mesh.trust(), clock=self.clock),
@@ -165,23 +168,25 @@ class Front:
             views=views,
             explainer=Explainer(self.fleet, directory, views, identity=identity, clock=self.clock),
             metrics=self.metrics,
+            limits=self.limits,
             rng=random.Random(1),
             routes=DocumentRoutes(self.shelf, self.shelf.trust, clock=self.clock).routes(),
             meter=Meter(ledger),
         )
         self.server = HttpServer(self.app, self.config)
         self.port = 0
-        self._sweep: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._workers = 0
 
     async def __aenter__(self) -> Front:
         self.port = await self.server.start()
-        self._sweep = asyncio.create_task(self.app.sweep())
+        self.limits.beat(self.clock.monotonic())
+        self._tasks = [asyncio.create_task(self.app.sweep()), asyncio.create_task(self.limits.run())]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._sweep is not None
-        self._sweep.cancel()
+        for task in self._tasks:
+            task.cancel()
         for worker in list(self.fleet.workers.values()):
             worker.link.abort("the test is over")
         await self.server.stop()

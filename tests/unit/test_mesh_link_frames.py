@@ -28,6 +28,8 @@ from mesh.link.frames import (
     parse_control,
     parse_credit,
 )
+from proxy.limits.buckets import Ask, Grant, Kind
+from proxy.limits.messages import Count, encode_asks, encode_grants
 from tests.support import vectors
 
 VECTORS = Path(__file__).parent / "vectors" / "frames.json"
@@ -49,6 +51,21 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "key": bytes(range(8)),
     }
     entry = {"kind": "limits", "name": "default", "seq": 3, "dig": bytes(range(32)), "size": 417}
+    two = bytes(range(16))
+    shares = {"t": 73_500, "echo": 41_000, "v": 4, "ack": 9, "want": True, "bye": False, "lend": True, "sure": True}
+    rate = Ask(bucket=bytes(range(16)), kind=Kind.RATE, limit=100.0, burst=100.0, want=12.0, least=1.0, demand=20.0)
+    budget = Ask(
+        bucket=bytes(range(16, 32)),
+        kind=Kind.BUDGET,
+        limit=1e6,
+        want=600.0,
+        back=5.0,
+        used=4200.0,
+        held=300.0,
+        ends=1_800_000_000.0,
+        burst=0.0,
+    )
+    count = Count(bucket=bytes(range(16, 32)), source=bytes(range(16)), used=4200.0, ends=1_800_000_000.0)
     refusal = encode_error(Overloaded("This worker is full", retry_after_s=1.0))
     event = b'data: {"choices":[{"index":0,"delta":{"content":" t1"}}]}\n\n'
     controls: dict[str, tuple[Frame, int, dict[str, Any]]] = {
@@ -77,6 +94,14 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "a document": (Frame.DOCUMENT, 0, {"doc": bytes.fromhex(vectors.read("envelope.json")["envelope"])}),
         "documents that are held": (Frame.DOCUMENT, 0, {"have": [entry, entry | {"proj": "search"}], "close": True}),
         "a document that is wanted": (Frame.DOCUMENT, 0, {"want": [entry]}),
+        "shares": (Frame.SHARES, 0, shares),
+        "shares, with lists": (
+            Frame.SHARES,
+            0,
+            shares | {"of": two, "all": two, "gone": b"", "was": bytes(range(8)), "held": bytes(range(8))},
+        ),
+        "asks": (Frame.ASK, 0, encode_asks([rate, budget], [count])),
+        "grants": (Frame.GRANT, 0, encode_grants([Grant(bucket=bytes(range(16)), given=12.0, left=30.5, wait_s=0.0)])),
     }
     raw = {
         "data": (Frame.DATA, 1, encode_frame(Frame.DATA, 1, event)),

@@ -1,0 +1,205 @@
+"""What a proxy has in hand of the buckets that its requests need, and what a request takes from them.
+
+Taking is all that happens on a request's path: a few subtractions for each bucket. Asking owners for more happens beside it
+(`proxy.limits.limiter`), early enough that in steady use nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proxy.limits.buckets import Kind
+
+HORIZON_S = 0.6
+"""A proxy keeps what it expects to need for so long."""
+SLOTS_HORIZON_S = 0.1
+"""Slots come back when a request ends, so fewer need to be in hand."""
+MEMORY_S = 0.5
+IDLE_S = 1.0
+"""What has not been used for so long goes back."""
+
+
+class Stash:
+    """One bucket's. ``what`` names the limit for people; times are monotonic seconds, ``ends`` wall-clock.
+
+    ``balance`` may be given to requests; ``reserved`` has been given and may come back; ``used`` is what requests have really used of a
+    budget. ``wanted`` is what requests asked for since ``counted_at``, ``demand`` what they ask for a second, ``supply`` what the owner
+    gives. ``ask_at``: the owner had less than was wanted, and is not asked again before then.
+    """
+
+    __slots__ = (
+        "answered_at",
+        "ask_at",
+        "asked",
+        "asking",
+        "balance",
+        "bucket",
+        "burst",
+        "cost",
+        "counted_at",
+        "demand",
+        "ends",
+        "kind",
+        "left",
+        "limit",
+        "owner",
+        "pending",
+        "reported",
+        "reserved",
+        "supply",
+        "used",
+        "wait_s",
+        "wanted",
+        "what",
+    )
+
+    def __init__(self, bucket: bytes, kind: Kind, *, limit: float, burst: float, ends: float, what: str, used: float = 0.0) -> None:
+        self.bucket = bucket
+        self.kind = kind
+        self.limit = limit
+        self.burst = burst
+        self.ends = ends
+        self.what = what
+        self.balance = self.reserved = self.wanted = self.demand = self.pending = self.left = self.wait_s = self.supply = 0.0
+        self.used = self.reported = used
+        self.cost = 1.0
+        self.counted_at = self.answered_at = self.ask_at = float("-inf")
+        self.asked: float = 0.0
+        self.asking = 0.0
+        self.owner = b""
+        """Who has last been told what is in hand here."""
+
+    def count(self, now: float) -> None:
+        """Learn from what was wanted since the last time."""
+        passed = min(1.0, max(0.1, now - self.counted_at))
+        self.demand += (self.wanted / passed - self.demand) * passed / (MEMORY_S + passed)
+        self.wanted, self.counted_at = 0.0, now
+
+    @property
+    def target(self) -> float:
+        """What should be in hand."""
+        if self.kind is Kind.SLOTS:
+            return max(1.0, float(int(self.demand * SLOTS_HORIZON_S)))
+        return max(self.cost, self.demand * HORIZON_S)
+
+    @property
+    def remaining(self) -> float:
+        """What could still be had, as far as is known here."""
+        return max(0.0, min(self.burst, self.balance + self.left))
+
+    def idle(self, now: float) -> bool:
+        return not self.wanted and now - self.counted_at > IDLE_S
+
+
+@dataclass(slots=True, eq=False)
+class Learned:
+    """What requests for one model have come to."""
+
+    tokens_per_byte: float = 0.25
+    completion: float = 256.0
+    bytes_per_token: float = 4.0
+
+    def see(self, size_bytes: int, prompt: int, completion: int, sent_bytes: int) -> None:
+        """A request was counted by an engine: the sizes of its body and answer, and their tokens."""
+        if size_bytes and prompt:
+            self.tokens_per_byte += (min(2.0, prompt / size_bytes) - self.tokens_per_byte) / 20
+        self.completion += (completion - self.completion) / 20
+        if completion and sent_bytes:
+            self.bytes_per_token += (sent_bytes / completion - self.bytes_per_token) / 20
+
+
+Price = Callable[[int, int], float]
+"""What so many prompt and completion tokens of a model cost, in the mesh's currency."""
+
+
+class Plan:
+    """The stashes that requests of one key for one model take from: one each, their tokens, their money."""
+
+    __slots__ = ("learned", "money", "ones", "price", "rates", "tokens")
+
+    def __init__(
+        self, ones: tuple[Stash, ...], tokens: tuple[Stash, ...], money: tuple[Stash, ...], *, learned: Learned, price: Price | None
+    ) -> None:
+        self.ones = ones
+        self.tokens = tokens
+        self.money = money
+        self.learned = learned
+        self.price = price
+        self.rates = (tuple(one for one in ones if one.kind is Kind.RATE), tuple(one for one in tokens if one.kind is Kind.RATE))
+
+    def __bool__(self) -> bool:
+        return bool(self.ones or self.tokens or self.money)
+
+
+class Hold:
+    """What one request has taken. `settle` it with what it used, then `end` it, whatever became of it."""
+
+    __slots__ = ("_completion", "_money", "_plan", "_prompt", "_size_bytes", "_tokens", "accepted", "sent_bytes")
+
+    def __init__(self, plan: Plan, tokens: int, money: float, prompt: int, size_bytes: int) -> None:
+        self._plan = plan
+        self._tokens = tokens
+        self._money = money
+        self._prompt = prompt
+        self._completion = -1
+        self._size_bytes = size_bytes
+        self.sent_bytes = 0
+        """Bytes of the answer that went to the client."""
+        self.accepted = False
+        """A worker has begun to compute."""
+
+    def seen(self, *, accepted: bool, sent_bytes: int) -> None:
+        """What came of an attempt."""
+        self.accepted |= accepted
+        self.sent_bytes = sent_bytes
+
+    def settle(self, prompt: int, completion: int) -> None:
+        """The worker's own count."""
+        self._prompt, self._completion = prompt, completion
+        self._plan.learned.see(self._size_bytes, prompt, completion, self.sent_bytes)
+
+    def end(self) -> None:
+        """Give back what was not used. A request that was cut off has used what had been sent of its answer, by estimate."""
+        plan, prompt, completion = self._plan, self._prompt, self._completion
+        if completion < 0:
+            completion = int(self.sent_bytes / plan.learned.bytes_per_token) if self.sent_bytes else 0
+            if not self.accepted and not completion:
+                prompt = 0
+        used = prompt + completion
+        for stash in plan.ones:
+            if stash.kind is Kind.SLOTS:
+                stash.balance += 1.0
+                stash.reserved -= 1.0
+        reserved = self._tokens
+        for stash in plan.tokens:
+            stash.balance += reserved - used
+            stash.reserved -= reserved
+            stash.used += used
+        if plan.money and plan.price is not None:
+            cost = plan.price(prompt, completion)
+            for stash in plan.money:
+                stash.balance += self._money - cost
+                stash.reserved -= self._money
+                stash.used += cost
+
+    def headers(self) -> dict[str, str]:
+        """``x-ratelimit-…`` of the tightest limits."""
+        return rate_headers(self._plan)
+
+
+def rate_headers(plan: Plan) -> dict[str, str]:
+    """OpenAI's six headers, as far as there are limits: how much fits, how much of it is left, and when all of it will be again."""
+    told: dict[str, str] = {}
+    for kind, rates in zip(("requests", "tokens"), plan.rates, strict=True):
+        if rates:
+            stash = rates[0] if len(rates) == 1 else min(rates, key=_share_left)
+            remaining = stash.remaining
+            told[f"x-ratelimit-limit-{kind}"] = str(int(stash.burst))
+            told[f"x-ratelimit-remaining-{kind}"] = str(int(remaining))
+            told[f"x-ratelimit-reset-{kind}"] = f"{(stash.burst - remaining) / stash.limit if stash.limit else 0.0:.3f}s"
+    return told
+
+
+def _share_left(stash: Stash) -> float:
+    return stash.remaining / stash.burst if stash.burst else 0.0

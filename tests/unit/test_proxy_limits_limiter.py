@@ -1,0 +1,307 @@
+"""Limits at one proxy: what requests are told, what is taken and given back, what survives a restart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh.documents import Document
+from mesh.errors import ProtocolError, QuotaSpent, RateLimited
+from mesh.limits import Limit, Limits, encode_limits
+from mesh.link.frames import Frame
+from proxy.limits.counters import Counters
+from proxy.limits.limiter import MAX_ENTRIES_PER_S, WAIT, Limiter
+from proxy.limits.messages import encode_asks
+from proxy.limits.stash import Hold
+from proxy.openai import parse_call
+from tests.support.clocks import StoppedClock
+from tests.support.limits import call_of, key_of
+
+ME = b"m" * 32
+OTHER = b"o" * 32
+NOON = datetime(2026, 11, 21, 12, tzinfo=UTC).timestamp()
+
+
+@pytest.fixture
+def clock() -> StoppedClock:
+    return StoppedClock(NOON)
+
+
+def limiter(clock: StoppedClock, *, path: Path | None = None, boot: int = 1) -> Limiter:
+    """A lone proxy that has had its share for long."""
+    made = Limiter(ME, boot, send=lambda peer, kind, fields: None, clock=clock, counters=Counters(path))
+    made.counters.load(wall=clock.wall())
+    made.shares.looked = True
+    pass_time(made, clock, 60)
+    return made
+
+
+def pass_time(made: Limiter, clock: StoppedClock, seconds: float) -> None:
+    for _ in range(round(seconds / 0.1)):
+        clock.now += 0.1
+        made.tick(clock.monotonic())
+
+
+def enter(made: Limiter, call: Any = None, **limits: Any) -> Hold:
+    hold = made.enter(key_of(**limits), call or call_of())
+    assert isinstance(hold, Hold)
+    return hold
+
+
+def refusal(made: Limiter, call: Any = None, **limits: Any) -> RateLimited:
+    with pytest.raises(RateLimited) as caught:
+        made.enter(key_of(**limits), call or call_of())
+    return caught.value
+
+
+def rule(name: str, limit: Limit, *, models: dict[str, Limit] | None = None, project: str = "", seq: int = 1) -> Document:
+    body = encode_limits(Limits(whole=limit, models=models or {}))
+    return Document(kind="limits", name=name, project=project, seq=seq, previous=b"", issued=0.0, body=body)
+
+
+def test_key_without_limits_takes_nothing(clock: StoppedClock) -> None:
+    assert limiter(clock).enter(key_of(), call_of()) is None
+
+
+def test_burst_passes_and_then_the_rate_and_the_wait_that_is_told_is_enough(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    for _ in range(5):
+        enter(made, rps=5)
+    error = refusal(made, rps=5)
+    assert error.code == "rate_limit_exceeded"
+    assert error.retry_after_s == pytest.approx(0.2)
+    assert "5 requests per second for this API key" in error.message
+    clock.now += error.retry_after_s - 0.01
+    error = refusal(made, rps=5)
+    clock.now += error.retry_after_s
+    enter(made, rps=5)
+
+
+def test_headers_tell_what_is_left(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    told = enter(made, rps=5, tps=100).headers()
+    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("5", "4")
+    assert told["x-ratelimit-reset-requests"] == "0.200s"
+    assert told["x-ratelimit-limit-tokens"] == "1000"
+    for left in (3, 2, 1, 0):
+        assert enter(made, rps=5, tps=100).headers()["x-ratelimit-remaining-requests"] == str(left)
+    error = refusal(made, rps=5, tps=100)
+    assert error.headers["x-ratelimit-remaining-requests"] == "0"
+    assert error.headers["x-ratelimit-reset-requests"] == "1.000s"
+
+
+def test_headers_are_those_of_the_tightest_limit(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.take_document(rule("project:p", Limit(rps=2)))
+    assert enter(made, rps=50).headers()["x-ratelimit-limit-requests"] == "2"
+    assert set(enter(made, rps=50).headers()) == {f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset")}
+
+
+def test_tokens_are_reserved_for_the_most_and_settled_on_what_was_used(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    call = call_of(0, max_tokens=600)
+    hold = enter(made, call, tps=100)
+    assert "this request needs" in refusal(made, call, tps=100).message
+    hold.settle(10, 90)
+    hold.end()
+    enter(made, call, tps=100).end()
+    enter(made, call, tps=100)
+
+
+def test_request_that_no_worker_took_costs_no_tokens_and_one_that_was_cut_off_what_was_sent(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    call = call_of(0, max_tokens=600)
+
+    def used(outcome: Callable[[Hold], None]) -> float:
+        hold = enter(made, call, tps=100)
+        before = hold._plan.tokens[0].balance + hold._tokens
+        outcome(hold)
+        hold.end()
+        return before - hold._plan.tokens[0].balance
+
+    assert used(lambda hold: None) == 0
+    cut_off = used(lambda hold: hold.seen(accepted=True, sent_bytes=400))
+    assert 90 <= cut_off <= 150, "the prompt, and about 100 tokens"
+
+
+def test_concurrency_is_given_back_at_the_end(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    first, _ = enter(made, concurrency=2), enter(made, concurrency=2)
+    assert "At most 2 requests of this API key at once" in refusal(made, concurrency=2).message
+    first.end()
+    enter(made, concurrency=2)
+
+
+def test_budget_that_is_spent_says_so_and_is_renewed_at_midnight(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.take_document(rule("project:p", Limit(tokens_per_day=1000)))
+    call = call_of(0, max_tokens=400)
+    for _ in range(2):
+        hold = enter(made, call)
+        hold.settle(50, 350)
+        hold.end()
+    error = refusal(made, call)
+    assert isinstance(error, QuotaSpent)
+    assert (error.code, error.headers["x-should-retry"]) == ("insufficient_quota", "false")
+    assert error.retry_after_s == pytest.approx(12 * 3600 - 60, abs=2)
+    assert "2026-11-22 00:00 UTC" in error.message
+    pass_time(made, clock, 2)
+    clock.now = NOON + 12 * 3600 + 1
+    pass_time(made, clock, 2)
+    enter(made, call)
+
+
+def test_budget_outlives_the_process(clock: StoppedClock, tmp_path: Path) -> None:
+    path, call = tmp_path / "limits.db", call_of(0, max_tokens=400)
+    for boot in (1, 2):
+        made = limiter(clock, path=path, boot=boot)
+        made.take_document(rule("project:p", Limit(tokens_per_day=1000)))
+        hold = enter(made, call)
+        hold.settle(50, 350)
+        hold.end()
+        pass_time(made, clock, 2)
+        made.counters.save(made.counters.changes(), wall=clock.wall())
+    made = limiter(clock, path=path, boot=3)
+    made.take_document(rule("project:p", Limit(tokens_per_day=1000)))
+    assert isinstance(refusal(made, call), QuotaSpent)
+
+
+def test_counters_that_cannot_be_read_are_begun_anew(clock: StoppedClock, tmp_path: Path) -> None:
+    path = tmp_path / "limits.db"
+    path.write_bytes(b"this is not a database at all, not in the least" * 100)
+    made = limiter(clock, path=path)
+    made.counters.put(b"b" * 16, b"s" * 16, 1.0, ends=clock.wall() + 10)
+    made.counters.save(made.counters.changes(), wall=clock.wall())
+    again = Counters(path)
+    again.load(wall=clock.wall())
+    assert again.total(b"b" * 16) == 1.0
+
+
+def test_money_is_limited_where_there_are_prices(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    assert made.enter(key_of(budget=1.0), call_of()) is None, "no price, no limit"
+    made.price = lambda model: (lambda prompt, completion: (prompt + completion) / 1000) if model == "m" else None
+    made.take_document(rule("default", Limit()))
+    call = call_of(0, max_tokens=400)
+    for _ in range(2):
+        hold = enter(made, call, budget=1.0)
+        hold.settle(50, 350)
+        hold.end()
+    error = refusal(made, call, budget=1.0)
+    assert isinstance(error, QuotaSpent)
+    assert "1 per month of this API key" in error.message
+    assert "2026-12-01 00:00 UTC" in error.message
+
+
+def test_every_limit_that_applies_holds(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.take_document(rule("default", Limit(rps=50)))
+    made.take_document(rule("models", Limit(), models={"m": Limit(concurrency=3)}))
+    made.take_document(rule("own", Limit(), models={"m": Limit(rps=4)}, project="p"))
+    holds = [enter(made) for _ in range(3)]
+    assert "of the model 'm'" in refusal(made).message
+    holds[0].end()
+    enter(made)
+    for hold in holds[1:]:
+        hold.end()
+    assert "(its own) for the model 'm'" in refusal(made).message
+    assert made.enter(key_of(project="q"), call_of(model="n")) is not None
+
+
+def test_limits_that_change_are_in_force_at_once_and_what_cannot_be_read_changes_nothing(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.take_document(rule("project:p", Limit(rps=1)))
+    enter(made)
+    refusal(made)
+    made.take_document(Document(kind="limits", name="project:p", seq=2, previous=b"", issued=0.0, body=b"\xff"))
+    refusal(made)
+    made.take_document(rule("project:p", Limit(), seq=3))
+    assert made.enter(key_of(), call_of()) is None
+
+
+def test_requests_without_max_tokens_reserve_what_answers_usually_come_to(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    call = call_of(0, max_tokens=None)
+    for _ in range(200):
+        hold = enter(made, call, tps=1000)
+        hold.settle(20, 30)
+        hold.end()
+        pass_time(made, clock, 0.1)
+    assert enter(made, call, tps=1000)._tokens < 150
+
+
+def test_embeddings_reserve_their_prompt_alone(clock: StoppedClock) -> None:
+    body = b'{"model":"m","input":"' + b"x" * 400 + b'"}'
+    assert 90 < enter(limiter(clock), parse_call("/v1/embeddings", body), tps=1000)._tokens < 120
+
+
+def test_sleeping_buckets_vanish(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    enter(made, rps=5, tps=100).end()
+    assert made._active == {}
+    pass_time(made, clock, 0.3)
+    assert len(made._active) == 2
+    pass_time(made, clock, 30)
+    assert (made._active, made._buckets) == ({}, {})
+
+
+def test_proxy_without_a_share_grants_nothing(clock: StoppedClock) -> None:
+    made = Limiter(ME, 1, send=lambda peer, kind, fields: None, clock=clock)
+    refusal(made, rps=5)
+
+
+def test_request_waits_only_where_another_owner_must_be_asked(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.shares.members = (OTHER[:8],)
+    made.shares._owners.clear()
+
+    async def main() -> None:
+        assert made.enter(key_of(rps=5), call_of()) is WAIT
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Frame.SHARES, {}),
+        (Frame.SHARES, {"t": -1, "echo": 0, "v": 1, "ack": 0, "want": True, "lend": True, "sure": True, "bye": False}),
+        (Frame.ASK, {"ask": [{"b": b"short", "k": 0, "l": 1}]}),
+        (Frame.ASK, {"ask": [{"b": b"b" * 16, "k": 3, "l": 1}]}),
+        (Frame.ASK, {"ask": [{"b": b"b" * 16, "k": 0, "l": float("inf")}]}),
+        (Frame.ASK, {"ask": [{"b": b"b" * 16, "k": 0, "l": 1, "w": -5}]}),
+        (Frame.ASK, {"count": [{"b": b"b" * 16, "s": b"s", "u": 1}]}),
+        (Frame.GRANT, {"give": [{"b": b"b" * 16, "g": "all"}]}),
+        (Frame.GRANT, {"give": 7}),
+    ],
+)
+def test_frames_that_make_no_sense_end_the_link(clock: StoppedClock, kind: Frame, fields: dict[str, Any]) -> None:
+    made = limiter(clock)
+    made.up(OTHER, 1, serving=True)
+    with pytest.raises(ProtocolError):
+        made.on_frame(OTHER, kind, fields)
+
+
+def test_proxy_that_asks_too_much_ends_its_link(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.up(OTHER, 1, serving=True)
+    fields = encode_asks([]) | {"ask": [{"b": b"b" * 16, "k": 0, "l": 1.0}] * 400}
+    for _ in range(MAX_ENTRIES_PER_S // 400):
+        made.on_frame(OTHER, Frame.ASK, fields)
+    with pytest.raises(ProtocolError):
+        made.on_frame(OTHER, Frame.ASK, fields)
+
+
+def test_grant_that_nobody_asked_for_is_nothing(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.up(OTHER, 1, serving=True)
+    hold = enter(made, rps=5)
+    bucket = hold._plan.ones[0].bucket
+    before = hold._plan.ones[0].balance
+    made.on_frame(OTHER, Frame.GRANT, {"give": [{"b": bucket, "g": 1e6, "l": 0.0, "w": 0.0}]})
+    assert hold._plan.ones[0].balance == before
