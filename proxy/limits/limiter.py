@@ -273,8 +273,8 @@ class Limiter:
         stash = self._stashes.get(bucket)
         if stash is None:
             used = self.counters.of(bucket, self._sources[self._me])
-            stash = self._stashes[bucket] = Stash(bucket, kind, limit=limit, burst=burst, ends=ends, what=what, used=used)
-        stash.limit, stash.burst, stash.what = limit, burst, what
+            stash = self._stashes[bucket] = Stash(bucket, kind, ends=ends, used=used)
+        stash.rule(limit=limit, burst=burst, what=what)
         return stash
 
     def _windows(self) -> tuple[tuple[str, float], tuple[str, float]]:

@@ -16,6 +16,7 @@ HORIZON_S = 0.6
 SLOTS_HORIZON_S = 0.1
 """Slots come back when a request ends, so fewer need to be in hand."""
 MEMORY_S = 0.5
+WORDS = ("limit", "remaining", "reset")
 IDLE_S = 1.0
 """What has not been used for so long goes back."""
 
@@ -45,22 +46,22 @@ class Stash:
         "limit",
         "owner",
         "pending",
+        "refill_ms",
         "reported",
         "reserved",
         "supply",
+        "told_burst",
         "used",
         "wait_s",
         "wanted",
         "what",
     )
 
-    def __init__(self, bucket: bytes, kind: Kind, *, limit: float, burst: float, ends: float, what: str, used: float = 0.0) -> None:
+    def __init__(self, bucket: bytes, kind: Kind, *, ends: float, used: float = 0.0) -> None:
         self.bucket = bucket
         self.kind = kind
-        self.limit = limit
-        self.burst = burst
         self.ends = ends
-        self.what = what
+        self.rule(limit=0.0, burst=0.0, what="")
         self.balance = self.reserved = self.wanted = self.demand = self.pending = self.left = self.wait_s = self.supply = 0.0
         self.used = self.reported = used
         self.cost = 1.0
@@ -69,6 +70,12 @@ class Stash:
         self.asking = 0.0
         self.owner = b""
         """Who has last been told what is in hand here."""
+
+    def rule(self, *, limit: float, burst: float, what: str) -> None:
+        """Take what the limit is now."""
+        self.limit, self.burst, self.what = limit, burst, what
+        self.told_burst = str(int(burst))
+        self.refill_ms = 1000 / limit if limit else 0.0
 
     def count(self, now: float) -> None:
         """Learn from what was wanted since the last time."""
@@ -126,7 +133,9 @@ class Plan:
         self.money = money
         self.learned = learned
         self.price = price
-        self.rates = (tuple(one for one in ones if one.kind is Kind.RATE), tuple(one for one in tokens if one.kind is Kind.RATE))
+        rates = (("requests", ones), ("tokens", tokens))
+        named = ((name, tuple(one for one in listed if one.kind is Kind.RATE)) for name, listed in rates)
+        self.rates = tuple((*(f"x-ratelimit-{word}-{name}" for word in WORDS), listed) for name, listed in named if listed)
 
     def __bool__(self) -> bool:
         return bool(self.ones or self.tokens or self.money)
@@ -191,15 +200,15 @@ class Hold:
 def rate_headers(plan: Plan) -> dict[str, str]:
     """OpenAI's six headers, as far as there are limits: how much fits, how much of it is left, and when all of it will be again."""
     told: dict[str, str] = {}
-    for kind, rates in zip(("requests", "tokens"), plan.rates, strict=True):
-        if rates:
-            stash = rates[0] if len(rates) == 1 else min(rates, key=_share_left)
-            remaining = stash.remaining
-            told[f"x-ratelimit-limit-{kind}"] = str(int(stash.burst))
-            told[f"x-ratelimit-remaining-{kind}"] = str(int(remaining))
-            told[f"x-ratelimit-reset-{kind}"] = f"{(stash.burst - remaining) / stash.limit if stash.limit else 0.0:.3f}s"
+    for limit, remaining, reset, rates in plan.rates:
+        stash = rates[0] if len(rates) == 1 else min(rates, key=_share_left)
+        burst, left = stash.burst, stash.balance + stash.left
+        left = burst if left > burst else left if left > 0.0 else 0.0
+        told[limit] = stash.told_burst
+        told[remaining] = str(int(left))
+        told[reset] = f"{int((burst - left) * stash.refill_ms + 0.999)}ms"
     return told
 
 
 def _share_left(stash: Stash) -> float:
-    return stash.remaining / stash.burst if stash.burst else 0.0
+    return stash.remaining / stash.burst
