@@ -16,7 +16,6 @@ HORIZON_S = 0.6
 SLOTS_HORIZON_S = 0.1
 """Slots come back when a request ends, so fewer need to be in hand."""
 MEMORY_S = 0.5
-WORDS = ("limit", "remaining", "reset")
 IDLE_S = 1.0
 """What has not been used for so long goes back."""
 
@@ -133,9 +132,11 @@ class Plan:
         self.money = money
         self.learned = learned
         self.price = price
-        rates = (("requests", ones), ("tokens", tokens))
-        named = ((name, tuple(one for one in listed if one.kind is Kind.RATE)) for name, listed in rates)
-        self.rates = tuple((*(f"x-ratelimit-{word}-{name}" for word in WORDS), listed) for name, listed in named if listed)
+        self.rates: list[tuple[str, str, str, list[Stash]]] = []
+        for name, listed in (("requests", ones), ("tokens", tokens)):
+            limit, remaining, reset = (f"x-ratelimit-{word}-{name}" for word in ("limit", "remaining", "reset"))
+            if rates := [one for one in listed if one.kind is Kind.RATE]:
+                self.rates.append((limit, remaining, reset, rates))
 
     def __bool__(self) -> bool:
         return bool(self.ones or self.tokens or self.money)

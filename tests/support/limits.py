@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.apikey import ApiKey
+from mesh.documents import Document
 from mesh.errors import QuotaSpent, RateLimited
 from mesh.link.frames import Frame, encode_control, parse_control
 from proxy.limits.counters import Counters
@@ -55,6 +56,8 @@ class Seat:
     refused: list[tuple[float, str]] = field(default_factory=list)
     waited_s: list[float] = field(default_factory=list)
     alive: bool = True
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    """When each request that was let in began and ended."""
     stands_still: bool = False
     unread: list[Callable[[], None]] = field(default_factory=list)
 
@@ -68,6 +71,8 @@ class Floor:
         self.rng = random.Random(seed)
         self.clock = VirtualClock(loop)
         self.seats: list[Seat] = []
+        self.document: Document | None = None
+        """Limits that every proxy knows, also those that come later."""
         self.gone: list[Seat] = []
         self.boots: dict[int, int] = {}
         self.cuts: set[frozenset[int]] = set()
@@ -94,6 +99,8 @@ class Floor:
         seat = Seat(index, node_id, Limiter(node_id, boot, send=send, clock=self.clock, counters=counters))
         seat.limiter.listed = lambda: [other.node_id for other in self.seats if other.alive and other.limiter.shares.serving]
         self.boots[index] = boot
+        if self.document is not None:
+            seat.limiter.take_document(self.document)
         if at is None:
             self.seats.append(seat)
         else:
@@ -257,11 +264,13 @@ class Floor:
         hold = await self.request(seat, key, call, cost=float(sum(usage)) if usage else None)
         if hold is None:
             return
+        began = self.loop.time()
         if takes_s:
             await asyncio.sleep(takes_s * self.rng.uniform(0.5, 1.5))
         if usage:
             hold.settle(*usage)
         hold.end()
+        seat.spans.append((began, self.loop.time()))
 
     # -- what came of it
 
