@@ -403,7 +403,7 @@ class App:
         worker.served += 1
         prompt, completion = usage_of(trailer)
         if plan.hold is not None:
-            plan.hold.settle(prompt, completion)
+            plan.hold.settle(prompt, completion, cached_of(trailer))
         self._metrics.tokens(call.model, "prompt").inc(prompt)
         self._metrics.tokens(call.model, "completion").inc(completion)
         if plan.chain:

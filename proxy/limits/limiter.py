@@ -15,13 +15,15 @@ from typing import Any, Final, Literal
 
 import structlog
 
+from mesh import prices
 from mesh.apikey import ApiKey
 from mesh.clock import Clock
 from mesh.directory import Directory
 from mesh.documents import Document
-from mesh.errors import MalformedEnvelope, ProtocolError, QuotaSpent, RateLimited
+from mesh.errors import MalformedEnvelope, ProtocolError, QuotaSpent, RateLimited, UsageError
 from mesh.limits import KIND, REQUEST_BURST_S, TOKEN_BURST_S, Limit, Rules
 from mesh.link.frames import Frame
+from mesh.prices import PriceList, TokenPrice
 from mesh.records import State
 from mesh.trust import Role
 from proxy.limits.buckets import Ask, Bucket, Grant, Kind
@@ -47,6 +49,7 @@ JOIN_S = 5.0
 PUBLISHED_S = 1.0
 MAX_ENTRIES_PER_S = 20_000
 """Asks and counters taken from one proxy; who sends more has broken the link."""
+COST_UNIT = 10.0**-prices.COST_DIGITS
 MAX_PLANS = 20_000
 MAX_BUCKETS = 100_000
 MAX_LEARNED = 1_024
@@ -67,8 +70,7 @@ class Limiter:
         self.rules = Rules()
         self.shares = Shares(me[:ID_BYTES], now)
         self.counters = counters or Counters()
-        self.price: Callable[[str], Price | None] = lambda model: None
-        """Prices by model; a limit on money holds for models that have one."""
+        self.prices: PriceList | None = None
         self.listed: Callable[[], Iterable[bytes]] = tuple
         """Node ids of the proxies that the directory lists and that count."""
         self.refused = {kind: 0 for kind in ("requests", "tokens", "concurrency", "budget")}
@@ -119,7 +121,7 @@ class Limiter:
                 if stash.balance < tokens:
                     short = True
             if plan.money and plan.price is not None:
-                money = plan.price(prompt, completion)
+                money = plan.price(prompt, completion, 0)
                 for stash in plan.money:
                     touched.append(stash)
                     stash.wanted += money
@@ -135,7 +137,7 @@ class Limiter:
         plan = self._plan(key, call.model)
         prompt, completion = _estimate(plan, call)
         tokens = prompt + completion
-        money = plan.price(prompt, completion) if plan.price is not None else 0.0
+        money = plan.price(prompt, completion, 0) if plan.price is not None else 0.0
         needs = _needs(plan, tokens, money)
         for stash, cost in needs:
             stash.pending += cost
@@ -214,9 +216,12 @@ class Limiter:
     def take_document(self, document: Document) -> None:
         """A document became known or changed."""
         try:
-            if self.rules.take(document):
-                self._plans.clear()
-        except MalformedEnvelope as error:
+            if (document.kind, document.name, document.project) == (prices.KIND, prices.NAME, ""):
+                self.prices = prices.parse_prices(document.body)
+            elif not self.rules.take(document):
+                return
+            self._plans.clear()
+        except (MalformedEnvelope, UsageError) as error:
             log.warning("limits.document_refused", document=document.title, seq=document.seq, reason=error.message)
 
     def _plan(self, key: ApiKey, model: str) -> Plan:
@@ -240,7 +245,7 @@ class Limiter:
             (f"own:{project}:model:{model}", f"{named} (its own) for the model '{model}'", own.models.get(model, Limit())),
             (f"model:{model}", f"the model '{model}'", self.rules.models.models.get(model, Limit())),
         ]
-        price = self.price(model)
+        price = self._price(model)
         ones: list[Stash] = []
         tokens: list[Stash] = []
         money: list[Stash] = []
@@ -258,7 +263,9 @@ class Limiter:
             if limit.tokens_per_day is not None:
                 what = f"{limit.tokens_per_day:.0f} tokens per day of {name}"
                 tokens.append(self._stash(f"{scope}:tpd:{day[0]}", Kind.BUDGET, limit.tokens_per_day, 0.0, what, ends=day[1]))
-            if limit.money_per_month is not None and price is not None:
+            if limit.money_per_month is not None and price is None:
+                log.warning("limits.no_price", model=model, limit=name)
+            elif limit.money_per_month is not None:
                 what = f"{limit.money_per_month:g} per month of {name}"
                 money.append(self._stash(f"{scope}:mpm:{month[0]}", Kind.BUDGET, limit.money_per_month, 0.0, what, ends=month[1]))
         learned = self._learned.get(model)
@@ -267,6 +274,23 @@ class Limiter:
             if len(self._learned) < MAX_LEARNED:
                 self._learned[model] = learned
         return Plan(tuple(ones), tuple(tokens), tuple(money), learned=learned, price=price)
+
+    def _price(self, model: str) -> Price | None:
+        """What a model's tokens cost; None where there is no price, and so no limit on money."""
+        listed = self.prices
+
+        def now() -> TokenPrice | None:
+            period = listed.at(int(self._clock.wall() * 1000)) if listed is not None else None
+            return period.models.get(model, period.models.get(prices.ANY)) if period is not None else None
+
+        def cost(prompt: int, completion: int, cached: int) -> float:
+            price = now()
+            if price is None:
+                return 0.0
+            micro = (prompt - cached) * price.input + cached * price.cached + completion * price.output
+            return float(micro * COST_UNIT)
+
+        return cost if now() is not None else None
 
     def _stash(self, name: str, kind: Kind, limit: float, burst: float, what: str, *, ends: float = 0.0) -> Stash:
         bucket = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=16).digest()
@@ -310,8 +334,9 @@ class Limiter:
 
         self.listed = listed
         self.counters.load(wall=self._clock.wall())
-        for document in directory.held_documents(KIND):
-            self.take_document(document)
+        for kind in (KIND, prices.KIND):
+            for document in directory.held_documents(kind):
+                self.take_document(document)
         directory.on_document(self.take_document)
 
     async def look(self, directory: Directory) -> None:

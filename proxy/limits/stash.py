@@ -115,8 +115,8 @@ class Learned:
             self.bytes_per_token += (sent_bytes / completion - self.bytes_per_token) / 20
 
 
-Price = Callable[[int, int], float]
-"""What so many prompt and completion tokens of a model cost, in the mesh's currency."""
+Price = Callable[[int, int, int], float]
+"""What so many prompt tokens, completion tokens and, of the prompt's, cached tokens cost at a model now, in the mesh's currency."""
 
 
 class Plan:
@@ -145,7 +145,7 @@ class Plan:
 class Hold:
     """What one request has taken. `settle` it with what it used, then `end` it, whatever became of it."""
 
-    __slots__ = ("_completion", "_money", "_plan", "_prompt", "_size_bytes", "_tokens", "accepted", "sent_bytes")
+    __slots__ = ("_cached", "_completion", "_money", "_plan", "_prompt", "_size_bytes", "_tokens", "accepted", "sent_bytes")
 
     def __init__(self, plan: Plan, tokens: int, money: float, prompt: int, size_bytes: int) -> None:
         self._plan = plan
@@ -153,6 +153,7 @@ class Hold:
         self._money = money
         self._prompt = prompt
         self._completion = -1
+        self._cached = 0
         self._size_bytes = size_bytes
         self.sent_bytes = 0
         """Bytes of the answer that went to the client."""
@@ -164,9 +165,9 @@ class Hold:
         self.accepted |= accepted
         self.sent_bytes = sent_bytes
 
-    def settle(self, prompt: int, completion: int) -> None:
+    def settle(self, prompt: int, completion: int, cached: int = 0) -> None:
         """The worker's own count."""
-        self._prompt, self._completion = prompt, completion
+        self._prompt, self._completion, self._cached = prompt, completion, cached
         self._plan.learned.see(self._size_bytes, prompt, completion, self.sent_bytes)
 
     def end(self) -> None:
@@ -187,7 +188,7 @@ class Hold:
             stash.reserved -= reserved
             stash.used += used
         if plan.money and plan.price is not None:
-            cost = plan.price(prompt, completion)
+            cost = plan.price(prompt, completion, min(prompt, self._cached))
             for stash in plan.money:
                 stash.balance += self._money - cost
                 stash.reserved -= self._money

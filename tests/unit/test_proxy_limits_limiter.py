@@ -14,6 +14,7 @@ from mesh.documents import Document
 from mesh.errors import ProtocolError, QuotaSpent, RateLimited
 from mesh.limits import Limit, Limits, encode_limits
 from mesh.link.frames import Frame
+from mesh.prices import MICRO, Period, PriceList, TokenPrice, encode_prices
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import MAX_ENTRIES_PER_S, WAIT, Limiter
 from proxy.limits.messages import encode_asks
@@ -185,12 +186,14 @@ def test_counters_that_cannot_be_read_are_begun_anew(clock: StoppedClock, tmp_pa
 def test_money_is_limited_where_there_are_prices(clock: StoppedClock) -> None:
     made = limiter(clock)
     assert made.enter(key_of(budget=1.0), call_of()) is None, "no price, no limit"
-    made.price = lambda model: (lambda prompt, completion: (prompt + completion) / 1000) if model == "m" else None
-    made.take_document(rule("default", Limit()))
+    price = TokenPrice(input=1000 * MICRO, cached=0, output=1000 * MICRO)
+    body = encode_prices(PriceList(currency="EUR", periods=(Period(since=0, models={"m": price}),)))
+    made.take_document(Document(kind="prices", name="prices", seq=1, previous=b"", issued=0.0, body=body))
+    assert made.enter(key_of(budget=1.0), call_of(model="n")) is None, "no price for this model"
     call = call_of(0, max_tokens=400)
     for _ in range(2):
         hold = enter(made, call, budget=1.0)
-        hold.settle(50, 350)
+        hold.settle(250, 350, 200)
         hold.end()
     error = refusal(made, call, budget=1.0)
     assert isinstance(error, QuotaSpent)
