@@ -54,6 +54,7 @@ Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
 Routes = Mapping[str, Mapping[str, Handler]]
 """Handlers by path and method; a path that ends with a slash takes all below it."""
 SWEEP_S = 0.5
+LOOK_AGAIN_S = 0.05
 
 
 class App:
@@ -93,6 +94,8 @@ class App:
         self._description = b""
         self._loop = asyncio.get_running_loop()  # asking for it costs a system call each time
         self.draining = False
+        self.new_until = 0.0
+        """Until then, on the loop's clock, a request that finds nobody waits for the proxy to find somebody."""
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -253,7 +256,7 @@ class App:
             call = parse_call(path, body)
             noted.model = call.model
             self._gate.authorize(key, call.model)
-            if not self._fleet.candidates(call.model, call.task):
+            if not self._fleet.candidates(call.model, call.task) and not await self._found(call):
                 raise self._nobody(call)
             model = call.model
             entered = self._limits.enter(key, call)
@@ -342,6 +345,14 @@ class App:
                 if plan.failures:
                     self._fleet.blame(plan.failures, answered=True)
                 return downstream.response()
+
+    async def _found(self, call: Call) -> bool:
+        """Whether somebody for a call turns up while this proxy is new, and has yet to meet the workers."""
+        while self._loop.time() < self.new_until:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            if self._fleet.candidates(call.model, call.task):
+                return True
+        return False
 
     def _may_retry(self, error: MeshError, *, failed: int, refused: int) -> bool:
         if not self._retry.again(error, failed=failed, refused=refused, started=False):

@@ -42,6 +42,8 @@ log = structlog.get_logger(__name__)
 
 WATCH_S = 5.0
 RECORD_TTL_S = 20.0
+NEW_S = 5.0
+"""So long after its start a proxy lets requests wait for workers it may not have met yet: clients that come by DNS do not ask /readyz."""
 POLITE_S = 3.0
 """How long idle clients have to send one more request, whose answer tells them to close; then the connection is closed."""
 LEAVE_S = 0.3
@@ -133,6 +135,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         api = _base_url(config, port)
         state = State.READY
         app.draining = bool(cordon.why)
+        app.new_until = asyncio.get_running_loop().time() + NEW_S
         node.start()
         directory.watch(Role.BOOTSTRAP, _nothing, interval_s=WATCH_S)
         announce(config, node_id=identity.node_id, addresses=node.addresses, api=api)

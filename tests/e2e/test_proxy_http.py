@@ -1105,6 +1105,19 @@ async def test_plain_http_to_a_tls_port_is_not_answered(make: Make, tmp_path: Pa
     assert b"HTTP/1.1" not in await wire.end()
 
 
+async def test_new_proxy_lets_requests_wait_for_the_workers_it_has_yet_to_meet(front: Front) -> None:
+    front.app.new_until = asyncio.get_running_loop().time() + 60
+    asking = asyncio.create_task(ask(front))
+    async with asyncio.timeout(10):
+        while not front.app.in_flight:
+            await asyncio.sleep(0.01)
+    assert not asking.done()
+    await front.worker(whole)
+    assert (await asking).status == 200
+    front.app.new_until = asyncio.get_running_loop().time() + 0.1
+    assert_openai_error(await ask(front, body=chat(model="other")), 404, "model_not_found", param="model")
+
+
 # -- deadlines, and how much is tried again
 
 
