@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from mesh.dht.counts import Durations
 from proxy.choose import REASONS
+from proxy.connections import Connections
 from proxy.directory_metrics import DirectoryCollector
 from proxy.fleet import STANDINGS, Fleet, Worker
 from proxy.health import Cause
@@ -50,6 +51,10 @@ class Metrics:
     def follow(self, moves: Moves) -> None:
         """Show what becomes of streams that lose their worker, too."""
         self.registry.register(_MovesCollector(moves))
+
+    def watch(self, connections: Connections) -> None:
+        """Show who is connected, too."""
+        self.registry.register(_ConnectionsCollector(connections))
 
     def _counter(self, name: str, text: str, *labels: str) -> Callable[..., Count]:
         """The counter's children by the values of its labels."""
@@ -145,3 +150,18 @@ class _FleetCollector(Collector):
             for worker in workers:
                 family.add_metric((worker.node_id.hex()[:12],), read(worker))
             yield family
+
+
+class _ConnectionsCollector(Collector):
+    """Clients' connections."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def collect(self) -> Iterable[Metric]:
+        connections = self._connections
+        yield GaugeMetricFamily("infermesh_connections", "Clients' connections that are open.", value=len(connections))
+        ended = CounterMetricFamily("infermesh_connections_ended", "Connections that were not wanted, by why.", labels=("why",))
+        for why in ("refused", "evicted", "slow"):
+            ended.add_metric((why,), getattr(connections, why))
+        yield ended

@@ -125,6 +125,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         meter=Meter(ledger),
     )
     server = HttpServer(app, config)
+    metrics.watch(server.connections)
     ledger.start()
     await directory.start(config.host, config.dht_port)
     try:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.clock import SystemClock
 from mesh.errors import WorkerLost
-from mesh.identity import ALPN, Identity, TlsContexts, private_key_pem
+from mesh.identity import ALPN, Identity, TlsContexts, make_node_certificate, private_key_pem
 from mesh.link.frames import Frame, encode_control
 from mesh.link.link import IncomingStream, Link
 from mesh.link.peers import LinkConfig, Peers
@@ -328,7 +328,19 @@ async def assert_untouched(worker: Node, make: Make) -> None:
 FIRST_WORDS = encode_control(Frame.HELLO, 0, {"v": 1}) + encode_control(Frame.OPEN, 1, {})
 
 
-STRANGERS = ["no certificate", "another mesh", "expired", "not of any mesh", "wrong role", "no ALPN", "another ALPN", "plain TCP"]
+STRANGERS = [
+    "no certificate",
+    "another mesh",
+    "expired",
+    "not yet valid",
+    "not of any mesh",
+    "issued by a member",
+    "in another's name",
+    "wrong role",
+    "no ALPN",
+    "another ALPN",
+    "plain TCP",
+]
 
 
 @pytest.mark.parametrize("who", STRANGERS)
@@ -349,6 +361,23 @@ async def test_stranger_enters_no_handler(make: Make, tmp_path: Path, who: str) 
             credentials = impostor.admit(key.public_key(), Role.PROXY, now=NOW)
             path = tmp_path / "impostor.pem"
             path.write_bytes(private_key_pem(key) + credentials.certificate_chain)
+            context = stranger(path)
+        case "not yet valid":
+            context = stranger(chain_of(MESH.identity(Role.PROXY, now=NOW + 2 * 86400), tmp_path / "s"))
+        case "issued by a member":
+            # A member's own certificate used as if it were an issuer's.
+            key, parent = Ed25519PrivateKey.generate(), good.credentials.certificate_chain
+            leaf = make_node_certificate(good.key, parent, key.public_key(), mesh_id=MESH.mesh_id, role=Role.PROXY, now=NOW)
+            path = tmp_path / "member.pem"
+            path.write_bytes(private_key_pem(key) + leaf + parent)
+            context = stranger(path)
+        case "in another's name":
+            # The issuer's name on it, and the stranger's own signature.
+            key = Ed25519PrivateKey.generate()
+            admission = MESH.admission
+            leaf = make_node_certificate(key, admission.certificate, key.public_key(), mesh_id=MESH.mesh_id, role=Role.PROXY, now=NOW)
+            path = tmp_path / "own.pem"
+            path.write_bytes(private_key_pem(key) + leaf + admission.certificate)
             context = stranger(path)
         case "wrong role":
             context = stranger(chain_of(MESH.identity(Role.WORKER, now=NOW), tmp_path / "s"))

@@ -228,6 +228,10 @@ async def test_newcomer_takes_the_place_of_the_longest_idle_and_of_nobody_who_is
     assert await idle[0].end() == b""
     assert not any(wire.ended for wire in [*busy, idle[1]])
     assert front.server.connections.evicted == 1
+    front.metrics.watch(front.server.connections)
+    told = front.metrics.render().decode()
+    assert 'infermesh_connections_ended_total{why="evicted"} 1.0' in told
+    assert "infermesh_connections 5.0" in told
 
 
 async def test_full_of_busy_connections_a_newcomer_is_told(make: Make) -> None:
