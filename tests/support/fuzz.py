@@ -26,9 +26,10 @@ import msgpack
 import structlog
 from aiohttp import HttpVersion11
 
-from mesh.apikey import APIKEY_DOMAIN, PREFIX, ApiKey, KeyVerifier, _checksum, decode_base62, encode_base62, mint
+from mesh.apikey import APIKEY_DOMAIN, PREFIX, ApiKey, KeyVerifier, _checksum, decode_base62, encode_base62, mint, mint_with
 from mesh.authority import KEYS_KID, NODES_KID
 from mesh.clock import SystemClock
+from mesh.delegation import Delegation, Signer, seal_delegation
 from mesh.documents import DOCUMENT_DOMAIN, Document, parse_document, seal_document
 from mesh.envelope import seal
 from mesh.errors import InvalidRequest, MeshError, TrustError
@@ -37,7 +38,11 @@ from mesh.invite import Invite, parse_token, seal_invite, verify_invite
 from mesh.link.frames import MAX_PAYLOAD_BYTES, Frame, encode_control, encode_credit, encode_frame, encode_tokens
 from mesh.link.link import Link
 from mesh.membership import MEMBERSHIP_DOMAIN, MembershipCache, parse_membership
+from mesh.orders import ORDER_DOMAIN, Action, Order, parse_order, seal_order
+from mesh.receipts import RECEIPTS_DOMAIN, parse_batch, seal_batch
 from mesh.records import RECORD_DOMAIN, ModelEntry, Record, State, parse_record
+from mesh.revocations import parse_revocations
+from mesh.scope import UNBOUNDED, Scope
 from mesh.trust import KEYSET_DOMAIN, Role, Trust, parse_keyset, raw_public_key
 from proxy.downstream import Downstream
 from proxy.fleet import Fleet
@@ -162,6 +167,20 @@ class Keys:
                 ),
             )
         ]
+        # A delegate: what it may sign is for one project, one model, one role, and an hour.
+        self._scope = Scope(projects=frozenset({"search"}), models=frozenset({"m"}), roles=frozenset({"invoker"}), rps=5.0)
+        self._delegate = scribe.node().key
+        issuer = Signer(kid=KEYS_KID, key=self._issuer, scope=UNBOUNDED, expires=NOW + 10**6)
+        delegation = Delegation(
+            id=b"delegate",
+            public_key=raw_public_key(self._delegate.public_key()),
+            scope=self._scope,
+            not_before=NOW - 60,
+            expires=NOW + 3600,
+        )
+        self._chain = [seal_delegation(delegation, issuer).signed]
+        delegated = Signer(kid="d", key=self._delegate, scope=self._scope, expires=NOW + 3600, chain=tuple(self._chain))
+        self._good.append(mint_with(replace(self._base, rps=5.0), delegated))
         self._envelopes = [decode_base62(key[len(PREFIX) : -6]) for key in self._good]
         payload = {"id": b"12345678", "p": "search", "r": ["invoker"], "nbf": int(NOW) - 60, "exp": int(NOW) + 3600}
         self._payload = payload
@@ -169,7 +188,13 @@ class Keys:
             self._verifier.verify(key, now=NOW)
 
     def make(self, rng: random.Random) -> bytes:
-        match rng.randrange(10):
+        match rng.randrange(12):
+            case 10 | 11:  # a delegate that asks for more than it may give
+                claims = {**self._payload, "m": ["m"], "rps": 5.0, "d": self._chain}
+                claims = odd_payload({**claims, "r": rng.choice((["invoker"], ["admin", "invoker"])), "exp": int(NOW) + 60}, rng)
+                if rng.random() < 0.2:
+                    claims["d"] = [spoil(self._chain[0], rng, self._chain)]
+                return self._text(seal(APIKEY_DOMAIN, raw_public_key(self._delegate.public_key()), self._delegate, claims))
             case 0 | 1 | 2:
                 return spoil(rng.choice(self._good).encode(), rng, [key.encode() for key in self._good])
             case 3 | 4 | 5 | 6:
@@ -210,19 +235,24 @@ class Keys:
         if text in self._good:
             return "unchanged"
         try:
-            self._verifier.verify(text, now=NOW)
+            key = self._verifier.verify(text, now=NOW)
         except TrustError as error:
             return why(error)
+        within = key.project == "search" and key.models is not None and key.models <= {"m"} and key.roles <= {"invoker"}
+        if key.delegations and within and key.rps is not None and key.rps <= 5.0:
+            return "what a delegate may give"
         raise Hole("a key nobody issued was accepted")
 
     @staticmethod
     def _text(envelope: bytes) -> bytes:
+        if len(envelope) > 3200:
+            return (PREFIX + "1" * 4100).encode()  # too long for a key, and long to write out
         text = PREFIX + encode_base62(envelope)
         return (text + _checksum(text)).encode()
 
 
 class Records:
-    """What is signed in a mesh but keys: records, memberships, keysets, documents and invitations."""
+    """What is signed in a mesh but keys: records, memberships, keysets, documents, orders and receipts."""
 
     name = "records"
 
@@ -239,6 +269,15 @@ class Records:
             b"r": [record.signed for record in records[:2]],
             b"m": [node.credentials.membership for node in self._nodes],
             b"k": [scribe.mesh.keyset.signed],
+            b"o": [
+                seal_order(
+                    Order(node_id=b"n" * 32, action=Action.DRAIN, issued=NOW, expires=NOW + 60), scribe.mesh.keys_issuer, KEYS_KID
+                ).signed
+            ],
+            b"b": [
+                seal_batch(node.key, node.credentials.membership, number=1, count=1, root=bytes(32), previous=b"", at=int(NOW * 1000))
+                for node in self._nodes
+            ],
             b"d": [
                 seal_document(
                     Document(kind="limits", name="a", seq=n, previous=b"", issued=NOW, body=bytes(n * 100)),
@@ -254,15 +293,22 @@ class Records:
         self._memberships = [*(node.credentials.membership for node in self._nodes), outsider.credentials.membership]
 
     def make(self, rng: random.Random) -> bytes:
-        kind = rng.choice((b"r", b"r", b"r", b"m", b"k", b"d"))
+        kind = rng.choice((b"r", b"r", b"r", b"m", b"k", b"d", b"o", b"b"))
+        if rng.random() < 0.05:
+            return b"i" + self._issuers_word(rng)
         if rng.random() < 0.6:
             return kind + spoil(rng.choice(self._good[kind]), rng, self._others)
-        if kind == b"r":  # a member's own words, or what it puts into another's mouth
+        if kind in (b"r", b"b"):  # a member's own words, or what it puts into another's mouth
             node = rng.choice(self._nodes)
-            payload = msgpack.unpackb(self._good[b"r"][0][34:-64])
+            payload = msgpack.unpackb(self._good[kind][0][34:-64])
             payload["mem"] = rng.choice(self._memberships)
             signer = rng.choice([*self._own.values(), rng.randbytes(32)])
-            return kind + seal(RECORD_DOMAIN, signer, rng.choice([node.key, *self._signers]), odd_payload(payload, rng))
+            return kind + seal(
+                RECORD_DOMAIN if kind == b"r" else RECEIPTS_DOMAIN,
+                signer,
+                rng.choice([node.key, *self._signers]),
+                odd_payload(payload, rng),
+            )
         # signed by somebody who may not sign such a thing
         domain = rng.choice((RECORD_DOMAIN, MEMBERSHIP_DOMAIN, DOCUMENT_DOMAIN, APIKEY_DOMAIN, KEYSET_DOMAIN))
         signer_name = rng.choice((KEYS_KID.encode(), NODES_KID.encode(), b"x", *self._own.values()))
@@ -271,9 +317,20 @@ class Records:
         payload = msgpack.unpackb(good[2 + good[1] : -64])
         return kind + seal(domain, signer_name, key, odd_payload(payload, rng) if rng.random() < 0.5 else payload)
 
+    def _issuers_word(self, rng: random.Random) -> bytes:
+        """An issuer may say what it likes, but nothing that a reader breaks on."""
+        kind, domain = rng.choice(((b"o", ORDER_DOMAIN), (b"d", DOCUMENT_DOMAIN)))
+        good = self._good[kind][0]
+        payload = msgpack.unpackb(good[2 + good[1] : -64])
+        if kind == b"d":
+            revoked = {"keys": bytes(16), "invites": b"", "projects": {"p": 5}, "issuers": {}, "before": 0}
+            payload["body"] = msgpack.packb(odd_payload(revoked, rng))
+        signed = seal(domain, KEYS_KID.encode(), self._signers[3], odd_payload(payload, rng) if rng.random() < 0.5 else payload)
+        return kind + signed
+
     def run(self, data: bytes) -> str:
         kind, signed = data[:1], data[1:]
-        if signed in self._good[kind]:
+        if signed in self._good.get(kind, ()):
             return "unchanged"
         try:
             match kind:
@@ -286,6 +343,18 @@ class Records:
                     parse_membership(signed, self._trust, now=NOW)
                 case b"k":
                     parse_keyset(signed, mesh_id=self._mesh_id)
+                case b"o":
+                    parse_order(signed, self._trust, now=NOW)
+                case b"b":
+                    batch = parse_batch(signed, self._trust, now=NOW)
+                    if self._own.get(batch.node_id) != signed[2:34]:
+                        raise Hole("receipts in somebody else's name were accepted")
+                    return "a member's own word"
+                case b"i":
+                    parse_order(signed[1:], self._trust, now=NOW) if signed[:1] == b"o" else parse_revocations(
+                        parse_document(signed[1:], self._trust, now=NOW)
+                    )
+                    return "an issuer's own word"
                 case _:
                     parse_document(signed, self._trust, now=NOW)
         except TrustError as error:
