@@ -28,7 +28,7 @@ from mesh.errors import (
     SlowRequest,
 )
 from proxy.access import Access, access_of
-from proxy.openai import BODIES, MAX_COUNT, MAX_MODEL_CHARS, TASKS
+from proxy.openai import BODIES, MAX_MODEL_CHARS, TASKS
 from proxy.respond import STATUS, status_of
 
 PATH = "/openapi.json"
@@ -36,8 +36,6 @@ _NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list:
 _LIMITS: dict[str, dict[str, Any]] = {
     "model": {"minLength": 1, "maxLength": MAX_MODEL_CHARS},
     "messages": {"minItems": 1},
-    "n": {"minimum": 1, "maximum": MAX_COUNT},
-    **{name: {"minimum": 0, "maximum": MAX_COUNT} for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")},
 }
 _BELOW = {"/v1/models/": ("model",), "/mesh/v1/documents/": ("kind", "name")}
 """What the rest of a path that ends with a slash is made of."""
@@ -119,7 +117,10 @@ def _parameters(method: str, path: str) -> list[dict[str, Any]]:
 
 def _responses(method: str, path: str, access: Access, task: str | None) -> dict[str, Any]:
     """What may come back: of an inference route every error there is, of others those that their kind can give."""
-    kinds: list[type[MeshError]] = list(STATUS) if task is not None or access is Access.SIGNED else [*_ALWAYS]
+    if task is not None or access is Access.SIGNED:
+        kinds = [kind for kind in STATUS if task is not None or kind is not InvalidKey]
+    else:
+        kinds = [*_ALWAYS]
     if access not in (Access.PUBLIC, Access.SIGNED):
         kinds += [InvalidKey, KeyNotAllowed]
     if method != "GET":
@@ -164,12 +165,17 @@ def _body_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _field_schema(name: str, hint: Any) -> dict[str, Any]:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    names = [_NAMES.get(typing.get_origin(kind) or kind) for kind in kinds if kind is not types.NoneType]
-    if None in names:
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    said: list[str] = []
+    bounds: dict[str, Any] = {}
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Annotated:
+            kind, meta = typing.get_args(kind)
+            bounds = {"minimum": meta.ge, "maximum": meta.le}
+        said.append("null" if kind is types.NoneType else _NAMES.get(typing.get_origin(kind) or kind, ""))
+    if "" in said:
         return {}  # the engine's to read
-    said = [*names, "null"] if types.NoneType in kinds else names
-    return {"type": said if len(said) > 1 else said[0], **_LIMITS.get(name, {})}
+    return {"type": said if len(said) > 1 else said[0], **bounds, **_LIMITS.get(name, {})}
 
 
 _ERROR: dict[str, Any] = {
