@@ -118,19 +118,28 @@ def assert_as_undisturbed(told: list[Told], undisturbed: list[Told]) -> None:
     assert {len(one.names) for one in told} == {1}, "one id from beginning to end"
 
 
+async def begun(told: list[Told], count: int) -> None:
+    """Wait until so many clients have been told something."""
+    for waiting in asyncio.as_completed([asyncio.create_task(one.tokens.wait()) for one in told]):
+        await waiting
+        count -= 1
+        if not count:
+            return
+
+
 async def lose_one(mesh: Mesh, count: int, tokens: int) -> list[Told]:
-    """Streams undisturbed, and again with kill -9 of the busiest worker once every stream has begun. Returns the first."""
+    """Streams undisturbed, and again with kill -9 of the busiest worker once half of them have begun. Returns the first."""
     undisturbed, tasks = mesh.begin(count, max_tokens=tokens)
     await asyncio.gather(*tasks)
     assert [one.error for one in undisturbed] == [""] * count
     told, tasks = mesh.begin(count, max_tokens=tokens)
-    await asyncio.gather(*(one.tokens.wait() for one in told))
+    await begun(told, count // 2)
     victim = await mesh.busiest()
     await victim.kill()
     await asyncio.gather(*tasks)
     assert_as_undisturbed(told, undisturbed)
     moved = await mesh.streams()
-    assert moved["moved"] >= count // (2 * len(mesh.workers)), "the victim had its share"
+    assert moved["moved"] >= count // 24, "the victim had its share"
     assert moved["stuck"] == 0
     return undisturbed
 
@@ -142,7 +151,7 @@ async def test_deaths_under_streams_change_no_token(deployment: Deployment) -> N
 
     before = await mesh.streams()
     told, tasks = mesh.begin(9, max_tokens=36)
-    await asyncio.gather(*(one.tokens.wait() for one in told))
+    await begun(told, 5)
     first = await mesh.busiest()
     for pid in descendants(first.process.pid):
         os.kill(pid, signal.SIGKILL)
