@@ -24,6 +24,7 @@ from proxy.retry import RetryPolicy
 log = structlog.get_logger(__name__)
 
 FIXED = {
+    "echo": "it repeats its prompt",
     "engine": "the worker's engine does not tell token ids, or is not asked for them",
     "guided": "its answer is held to a grammar",
     "large": "it has become too long",
@@ -33,6 +34,9 @@ FIXED = {
     "parameter": "it has a parameter whose effect on the rest of an answer is not known",
     "penalty": "it has a penalty on what has been said",
     "prompts": "it has several prompts",
+    "special": "it shows special tokens",
+    "stop": "it has too many or too long stop strings",
+    "suffix": "it has a suffix",
     "task": "it is neither a chat nor a text completion",
     "tools": "it has tools",
 }

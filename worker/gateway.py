@@ -374,7 +374,10 @@ class Gateway:
                 pieces = events.feed(data)
             except ValueError:
                 raise EngineUnavailable("The worker's engine sent an event without end") from None
-            await self._pass_on(stream, pieces, begin, tally)
+            if len(pieces) == 1 and begin.sent and stream.send_tokens_now(*pieces[0]):  # a token like any other
+                tally.passed(pieces[0][1])
+            else:
+                await self._pass_on(stream, pieces, begin, tally)
             if events.over:
                 return events.usage
             if events.failure is not None:
@@ -461,15 +464,15 @@ class Gateway:
 class _Head:
     """Sends HEAD, once, with the first event."""
 
-    __slots__ = ("_fields", "_on_first", "_sent", "_stream")
+    __slots__ = ("_fields", "_on_first", "_stream", "sent")
 
     def __init__(self, stream: IncomingStream, on_first: Callable[[], None], **fields: Any) -> None:
-        self._stream, self._on_first, self._sent = stream, on_first, False
+        self._stream, self._on_first, self.sent = stream, on_first, False
         self._fields = {"status": 200, "type": "text/event-stream", **fields}
 
     def __call__(self) -> None:
-        if not self._sent:
-            self._sent = True
+        if not self.sent:
+            self.sent = True
             self._on_first()
             self._stream.send_head(self._fields)
 

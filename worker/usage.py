@@ -237,6 +237,11 @@ class EventStream:
         last = self._look(rest) if rest else b""
         return last if self.complete else b""
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the beginning of an event waits for its end."""
+        return bool(self._rest)
+
     def rest(self) -> bytes:
         """What is left, as if its closing blank line were there."""
         rest, self._rest = bytes(self._rest), bytearray()

@@ -25,6 +25,7 @@ from mesh.link.frames import (
     EMPTY_CONTROL,
     LINK_CONTROL,
     MAX_PAYLOAD_BYTES,
+    MAX_TOKENS_DATA_BYTES,
     Frame,
     FrameReader,
     encode_control,
@@ -573,7 +574,7 @@ class IncomingStream(_Sending):
     def send_tokens_now(self, trail: bytes, data: bytes) -> bool:
         """Send ``data`` whole, its trail with it, if credit and buffers allow it at once; False if the caller must `send_tokens`."""
         size = len(data)
-        if size > self._credit or not self.link._writable.is_set():
+        if size > self._credit or size > MAX_TOKENS_DATA_BYTES or not self.link._writable.is_set():
             return False
         self._credit -= size
         self.link.write(encode_tokens(self.number, trail, data))

@@ -357,6 +357,7 @@ class FakeEngine:
         self.prefill_s = prefill_s
         self.split_utf8 = split_utf8
         self.token_ids = token_ids
+        self.tokenizes_wrongly = False
         self.stats = Stats()
         self._slots = asyncio.Semaphore(slots)
         self._api_key = api_key
@@ -443,6 +444,8 @@ class FakeEngine:
         body = await self._body(request)
         self.stats.tokenized += 1
         ids = encode(render(body["messages"])) if "messages" in body else encode(_text(body.get("prompt")))
+        if self.tokenizes_wrongly:
+            ids = [*ids[:-1], ids[-1] + 1]
         return web.json_response({"count": len(ids), "max_model_len": CONTEXT_TOKENS, "tokens": ids, "token_strs": None})
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:

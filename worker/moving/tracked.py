@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,6 +20,21 @@ from worker.moving.trail import MAX_GAP_BYTES, MAX_NAME, MAX_TOKEN_ID, Begin
 from worker.usage import EventStream, Usage, read_answer
 
 Piece = tuple[bytes, bytes]
+
+
+class _Shape(NamedTuple):
+    """The bytes of a stream's usual events around their text and their token; ``hidden`` is what stands after the text with the id taken
+    out.
+
+    One token of a stream looks like the next but for these two, and cutting them out takes a fifth of the time that reading JSON does.
+    """
+
+    before: bytes
+    between: bytes
+    after: bytes
+    hidden: bytes
+
+
 _PREFIX = b"data: "
 
 
@@ -39,15 +55,42 @@ class TrackedEvents:
         self._fixed = False
         self._seen = 0
         self._last: Piece | None = None
+        self._shape: _Shape | None = None
 
     def feed(self, data: bytes) -> list[Piece]:
         """Raises `ValueError` if one event grows too large."""
-        return join_pieces(self._pieces(self._cutter.cut(data)))
+        usual = self._usual(data) if self._shape is not None else None
+        return [usual] if usual is not None else join_pieces(self._pieces(self._cutter.cut(data)))
 
     def close(self) -> list[Piece]:
         """A last event whose closing blank line is missing, if it is the stream's proper end."""
         pieces = join_pieces(self._pieces(self._cutter.rest()))
         return pieces if self.complete else []
+
+    def _usual(self, data: bytes) -> Piece | None:
+        """One event that looks like those before it, without a closer look; None for anything else."""
+        shape = self._shape
+        assert shape is not None
+        if not (data.startswith(shape.before) and data.endswith(shape.after)) or self._cutter.waiting or self._last is not None:
+            return None
+        at = data.rfind(shape.between)
+        text, token = data[len(shape.before) : at], data[at + len(shape.between) : -len(shape.after)]
+        if at < 0 or not token.isdigit() or len(token) > 9 or b'"' in text or b"\\" in text or b"\n" in text:
+            return None
+        self._seen += 1
+        chars = len(text) if text.isascii() else len(text.decode("utf-8", "replace"))
+        return trails.encode_token(chars, int(token)), data[:at] + shape.hidden
+
+    def _learn(self, event: bytes, told: Told) -> None:
+        """What this stream's usual events look like, if this is one."""
+        text = told.text
+        if told.count != 1 or told.finish or not text or not (text.isascii() and text.isprintable()) or '"' in text or "\\" in text:
+            return
+        before, found, rest = event.rpartition(b':"' + text.encode() + b'"')
+        between, bracket, after = rest.partition(b'"token_ids":[%d]' % told.ids[0])
+        if found and bracket and len(before) > len(_PREFIX):
+            opening = b'"' + between + b'"token_ids":'
+            self._shape = _Shape(before + b':"', opening + b"[", b"]" + after + b"\n\n", opening + b"null" + after + b"\n\n")
 
     def _pieces(self, whole: bytes) -> Iterator[Piece]:
         if b"\r" in whole:
@@ -90,8 +133,11 @@ class TrackedEvents:
         record = self._record(told) if len(shown) <= MAX_TOKENS_DATA_BYTES else None
         if record is None or len(record) > MAX_TRAIL_PIECE_BYTES:
             self._fixed = True
+            self._shape = None
             yield trails.encode_fixed(told.odd or "shape") if self._begun else b"", b""
             record = b""
+        elif self._shape is None and self._way is TokenIds.VLLM:
+            self._learn(event, told)
         if told.finish and not self._fixed:
             # With what comes next: llama.cpp counts a last token that it tells nowhere, so usage must not be left to a successor.
             self._last = record, shown

@@ -84,9 +84,14 @@ def encode_begin(begin: Begin) -> bytes:
 
 
 def encode_event(chars: int, ids: Sequence[int]) -> bytes:
-    if len(ids) == 1:  # the usual one
-        return _number(_EVENT + chars) + b"\x01" + _number(ids[0])
+    if len(ids) == 1:
+        return encode_token(chars, ids[0])
     return b"".join(map(_number, (_EVENT + chars, len(ids), *ids)))
+
+
+def encode_token(chars: int, token: int) -> bytes:
+    """The usual event: one token."""
+    return _number(_EVENT + chars) + b"\x01" + _number(token)
 
 
 def encode_gap(chars: int, count: int, last: int, text: str) -> bytes:
@@ -105,8 +110,10 @@ def encode_fixed(reason: str) -> bytes:
 
 def _number(value: int) -> bytes:
     """LEB128."""
-    if value < len(_NUMBERS):
+    if value < _LISTED:
         return _NUMBERS[value]
+    if value < 1 << 21:
+        return bytes((value & 127 | 128, value >> 7 & 127 | 128, value >> 14))
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -115,8 +122,8 @@ def _number(value: int) -> bytes:
     return bytes(out)
 
 
-_NUMBERS: tuple[bytes, ...] = ()
-_NUMBERS = tuple(map(_number, range(1 << 14)))
+_LISTED = 1 << 14
+_NUMBERS = tuple(bytes((value,)) if value < 128 else bytes((value & 127 | 128, value >> 7)) for value in range(_LISTED))
 
 
 def parse_trail(data: bytes) -> Trail:

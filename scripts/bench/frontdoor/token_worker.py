@@ -2,7 +2,8 @@
 
 A Python worker that reads thousands of streams from an engine needs more of a core than the proxy in front of it. On a machine with one
 core for everything but the proxy it would be what is measured. This one takes the worker's options (`mesh-worker --help`) and replaces
-only its gateway: each step, every open stream gets a token as `engine.c` would have sent it, stamp included, all in one write.
+only its gateway: each step, every open stream gets a token as `engine.c` would have sent it, stamp included, all in one write. A proxy that
+keeps trails gets them, as with an engine that tells token ids.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mesh.errors import WorkerError
 from mesh.link.link import IncomingStream
 from worker.cli import main
 from worker.gateway import Gateway
+from worker.moving.trail import encode_event
 
 STEP_S = 0.02
 BODY_DEADLINE_S = 30.0
@@ -30,15 +32,17 @@ ANSWER = (
     b'"finish_reason":"stop"}],"usage":{"prompt_tokens":12,"completion_tokens":16,"total_tokens":28}}'
 )
 STAMP = b"%019d"
+TRAIL = encode_event(20, [100_000])
 
 
 class _Flow:
     """One open stream of tokens: what comes before and after the stamp, and how many are left."""
 
-    __slots__ = ("after", "arrived", "before", "left", "stream", "total")
+    __slots__ = ("after", "arrived", "before", "left", "stream", "total", "trail")
 
-    def __init__(self, stream: IncomingStream, number: int, tokens: int) -> None:
+    def __init__(self, stream: IncomingStream, number: int, tokens: int, *, trail: bool) -> None:
         self.stream = stream
+        self.trail = TRAIL if trail else None
         self.before, self.after = (EVENT % (number, b"\0")).split(b"\0")
         self.left = self.total = tokens
         self.arrived = STAMP % time.monotonic_ns()
@@ -55,7 +59,7 @@ class TokenGateway(Gateway):
 
     def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         self._stepping = self._stepping or asyncio.create_task(self._tick())
-        task = asyncio.create_task(self._hand_out(stream))
+        task = asyncio.create_task(self._hand_out(stream, trail="trail" in head))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
 
@@ -64,7 +68,7 @@ class TokenGateway(Gateway):
             task.cancel()
         await super().stop()
 
-    async def _hand_out(self, stream: IncomingStream) -> None:
+    async def _hand_out(self, stream: IncomingStream, *, trail: bool) -> None:
         try:
             async with asyncio.timeout(BODY_DEADLINE_S):
                 body = json.loads(await stream.read_body(max_bytes=1 << 30))
@@ -75,7 +79,7 @@ class TokenGateway(Gateway):
         stream.accept()
         if body.get("stream"):
             stream.send_head({"status": 200, "type": "text/event-stream"})
-            self._flows[stream] = _Flow(stream, self.served, int(body.get("max_tokens") or 16))
+            self._flows[stream] = _Flow(stream, self.served, int(body.get("max_tokens") or 16), trail=trail)
             return
         answer = ANSWER % self.served
         stream.send_head({"status": 200, "type": "application/json", "length": len(answer)})
@@ -99,7 +103,8 @@ class TokenGateway(Gateway):
             return False
         if flow.arrived:
             stamp, flow.arrived = stamp + b"," + flow.arrived, b""
-        if stream.send_now(flow.before + stamp + flow.after):
+        event = flow.before + stamp + flow.after
+        if stream.send_now(event) if flow.trail is None else stream.send_tokens_now(flow.trail, event):
             flow.left -= 1
         if flow.left:
             return True
