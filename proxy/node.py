@@ -161,6 +161,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
             await server.close_listener()
             await server.leave(min(POLITE_S, config.drain_s / 2))
             await app.drained()  # `mesh.runtime` bounds it with the drain deadline
+            limits.finish()
             for task in background:
                 task.cancel()
     finally:

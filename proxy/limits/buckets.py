@@ -176,10 +176,11 @@ class Bucket:
             self.level += back
         self.fraction, self.fresh = fraction, False
 
-    def lost(self, who: bytes) -> None:
-        """A proxy is out of reach: its requests go with it, but what it holds of a budget may have been used."""
-        if self.kind is Kind.SLOTS:
-            self.askers.pop(who, None)
+    def lost(self, who: bytes) -> float:
+        """A proxy is out of reach: its requests are over, and whatever it had of a budget may have been used. Returns the most that it may
+        have used of one in all."""
+        asker = self.askers.pop(who, None)
+        return asker.used + asker.out if asker is not None and self.kind is Kind.BUDGET else 0.0
 
     def idle(self, now: float, wall: float) -> bool:
         """Whether the bucket can be forgotten: nobody asks, and one made anew would be the same."""

@@ -501,8 +501,9 @@ class Limiter:
     def down(self, node_id: bytes) -> None:
         peer = node_id[:ID_BYTES]
         self.shares.down(peer)
-        for bucket in self._buckets.values():
-            bucket.lost(peer)
+        for bucket, kept in self._buckets.items():
+            if (used := kept.lost(peer)) > 0:
+                self.counters.put(bucket, self._sources[peer], used, ends=kept.ends)
         self._forget_owner(peer)
         self._due["beat"] = float("-inf")  # another owner is needed now
         self._wake()
@@ -582,6 +583,11 @@ class Limiter:
     def _wake(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+
+    def finish(self) -> None:
+        """The last request is over: what it used is told before the links close."""
+        self._report(self._clock.monotonic())
+        self._flush()
 
     def leave(self) -> None:
         """This proxy is about to stop: give everything back."""

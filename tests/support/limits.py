@@ -56,6 +56,9 @@ class Seat:
     refused: list[tuple[float, str]] = field(default_factory=list)
     waited_s: list[float] = field(default_factory=list)
     alive: bool = True
+    closed: bool = False
+    """Takes no more requests."""
+    running: int = 0
     spans: list[tuple[float, float]] = field(default_factory=list)
     """When each request that was let in began and ended."""
     stands_still: bool = False
@@ -152,7 +155,12 @@ class Floor:
         seat.limiter.leave()
         for other in self.up():
             other.limiter.serves(seat.node_id, False)
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(0.3)
+        seat.closed = True
+        while seat.running:
+            await asyncio.sleep(0.1)
+        seat.limiter.finish()
+        await asyncio.sleep(self.latency_s)
         self.kill(seat)
 
     def cut(self, one: Seat, other: Seat) -> None:
@@ -253,7 +261,7 @@ class Floor:
             if self.loop.time() > end:
                 break
             seat = self.seats[bisect.bisect(sums, self.rng.random() * sums[-1])]
-            if not seat.alive:
+            if not seat.alive or seat.closed:
                 continue
             task = self.loop.create_task(self._one(seat, self.rng.choice(keys), call, usage, takes_s))
             tasks.add(task)
@@ -265,8 +273,10 @@ class Floor:
         if hold is None:
             return
         began = self.loop.time()
+        seat.running += 1
         if takes_s:
             await asyncio.sleep(takes_s * self.rng.uniform(0.5, 1.5))
+        seat.running -= 1
         if usage:
             hold.settle(*usage)
         hold.end()

@@ -203,13 +203,16 @@ def test_parted_owners_together_give_no_more_than_was_left() -> None:
         assert 37 <= mine <= 40
 
 
-def test_lost_proxy_keeps_its_part_of_a_budget_but_not_its_slots() -> None:
+def test_lost_proxy_may_have_used_what_it_had_of_a_budget_and_its_slots_are_free() -> None:
     budget, slots = Owner(Kind.BUDGET, 100), Owner(Kind.SLOTS, 10)
-    for owner, want in ((budget, 60.0), (slots, 6.0)):
-        owner.ask(ALICE, want=want)
-        owner.bucket.lost(ALICE)
+    budget.ask(ALICE, want=60.0)
+    budget.ask(ALICE, used=20.0)
+    slots.ask(ALICE, want=6.0)
+    assert budget.bucket.lost(ALICE) == 60
+    budget.used = 60
     assert budget.ask(BOB, want=50).given == 0
     assert budget.ask(BOB, want=40).given == 40
+    assert slots.bucket.lost(ALICE) == 0
     assert slots.ask(BOB, want=10).given == 10
 
 
