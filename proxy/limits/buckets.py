@@ -13,7 +13,7 @@ from enum import IntEnum
 FORGET_S = 3.0
 """An asker that has been silent for so long wants nothing; a bucket that nobody asks for is gone."""
 WHOLE = 1 - 1e-9
-SPARE = 0.75
+SPARE, SPARE_S = 0.75, 1.0
 
 
 class Kind(IntEnum):
@@ -142,8 +142,8 @@ class Bucket:
         share = fair_share(rate, (one.demand for one in self.askers.values()))
         asker.turn = min(asker.turn + min(share, rate) * min(1.0, now - asker.at), max(min(share, rate), ask.least))
         asker.at = now
-        # Near the brim it goes to whoever asks first, or what is large to who has waited longest, and their turn comes later.
-        spare = self.level - SPARE * cap
+        # What nobody's turn can need goes to whoever asks first, or what is large to who has waited longest, and their turn comes later.
+        spare = self.level - min(SPARE * cap, SPARE_S * rate)
         mine = self.level if share == float("inf") else min(self.level, max(asker.turn, spare))
         given = min(ask.want, mine)
         if given < ask.least:

@@ -24,8 +24,8 @@ class Stash:
     """One bucket's. ``what`` names the limit for people; times are monotonic seconds, ``ends`` wall-clock.
 
     ``balance`` may be given to requests; ``reserved`` has been given and may come back; ``used`` is what requests have really used of a
-    budget. ``wanted`` is what requests asked for since ``counted_at``, ``demand`` what they ask for a second, ``supply`` what the owner
-    gives. ``ask_at``: the owner had less than was wanted, and is not asked again before then.
+    budget. ``wanted`` is what requests asked for since ``counted_at``, ``returned`` what came back, ``demand`` the difference a second;
+    ``supply`` is what the owner gives. ``ask_at``: it had less than was wanted, and is not asked again before then.
     """
 
     __slots__ = (
@@ -45,9 +45,11 @@ class Stash:
         "limit",
         "owner",
         "pending",
+        "per_burst",
         "refill_ms",
         "reported",
         "reserved",
+        "returned",
         "supply",
         "told_burst",
         "used",
@@ -61,7 +63,9 @@ class Stash:
         self.kind = kind
         self.ends = ends
         self.rule(limit=0.0, burst=0.0, what="")
-        self.balance = self.reserved = self.wanted = self.demand = self.pending = self.left = self.wait_s = self.supply = 0.0
+        self.balance = self.reserved = self.returned = self.wanted = self.demand = self.pending = self.left = self.wait_s = self.supply = (
+            0.0
+        )
         self.used = self.reported = used
         self.cost = 1.0
         self.counted_at = self.answered_at = self.ask_at = float("-inf")
@@ -74,13 +78,15 @@ class Stash:
         """Take what the limit is now."""
         self.limit, self.burst, self.what = limit, burst, what
         self.told_burst = str(int(burst))
+        self.per_burst = 1 / burst if burst else 0.0
         self.refill_ms = 1000 / limit if limit else 0.0
 
     def count(self, now: float) -> None:
         """Learn from what was wanted since the last time."""
         passed = min(1.0, max(0.1, now - self.counted_at))
-        self.demand += (self.wanted / passed - self.demand) * passed / (MEMORY_S + passed)
-        self.wanted, self.counted_at = 0.0, now
+        self.demand += (max(0.0, self.wanted - self.returned) / passed - self.demand) * passed / (MEMORY_S + passed)
+        self.wanted = self.returned = 0.0
+        self.counted_at = now
 
     @property
     def target(self) -> float:
@@ -88,11 +94,6 @@ class Stash:
         if self.kind is Kind.SLOTS:
             return max(1.0, float(int(self.demand * SLOTS_HORIZON_S)))
         return max(self.cost, self.demand * HORIZON_S)
-
-    @property
-    def remaining(self) -> float:
-        """What could still be had, as far as is known here."""
-        return max(0.0, min(self.burst, self.balance + self.left))
 
     def idle(self, now: float) -> bool:
         return not self.wanted and now - self.counted_at > IDLE_S
@@ -185,6 +186,7 @@ class Hold:
         reserved = self._tokens
         for stash in plan.tokens:
             stash.balance += reserved - used
+            stash.returned += reserved - used
             stash.reserved -= reserved
             stash.used += used
         if plan.money and plan.price is not None:
@@ -203,14 +205,13 @@ def rate_headers(plan: Plan) -> dict[str, str]:
     """OpenAI's six headers, as far as there are limits: how much fits, how much of it is left, and when all of it will be again."""
     told: dict[str, str] = {}
     for limit, remaining, reset, rates in plan.rates:
-        stash = rates[0] if len(rates) == 1 else min(rates, key=_share_left)
+        stash = rates[0]
+        for other in rates:
+            if (other.balance + other.left) * other.per_burst < (stash.balance + stash.left) * stash.per_burst:
+                stash = other
         burst, left = stash.burst, stash.balance + stash.left
         left = burst if left > burst else left if left > 0.0 else 0.0
         told[limit] = stash.told_burst
         told[remaining] = str(int(left))
         told[reset] = f"{int((burst - left) * stash.refill_ms + 0.999)}ms"
     return told
-
-
-def _share_left(stash: Stash) -> float:
-    return stash.remaining / stash.burst
