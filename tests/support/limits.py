@@ -9,6 +9,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mesh.apikey import ApiKey
@@ -139,16 +140,25 @@ class Floor:
             self._unlink(seat, other)
 
     async def pause(self, seat: Seat, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT later: what was sent to it meanwhile is read then."""
+        """SIGSTOP, and SIGCONT later: what was sent to it until its peers gave it up is read then."""
         seat.stands_still = True
         seat.tasks.pop().cancel()
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(min(seconds, SILENT_S))
+        lost = [other for other in self.up() if seconds > SILENT_S and frozenset({seat.index, other.index}) in self.links]
+        for other in lost:
+            self._unlink(seat, other)
+        await asyncio.sleep(max(0.0, seconds - SILENT_S))
         seat.stands_still = False
         unread, seat.unread = seat.unread, []
         for read in unread:
             read()
-        if seat.alive:
-            seat.tasks.append(self.loop.create_task(seat.limiter.run()))
+        if not seat.alive:
+            return
+        seat.tasks.append(self.loop.create_task(seat.limiter.run()))
+        for other in lost:
+            pair = frozenset({seat.index, other.index})
+            if other.alive and other in self.seats and pair not in self.cuts and pair not in self.links:
+                self._link(seat, other)
 
     async def stop(self, seat: Seat) -> None:
         """SIGTERM: it says good-bye and drains for a moment."""
@@ -197,7 +207,9 @@ class Floor:
             self.links.discard(pair)
             self.held.pop(pair, None)
             for here, there in ((one, other), (other, one)):
-                if here.alive:
+                if here.stands_still:
+                    here.unread.append(partial(here.limiter.down, there.node_id))
+                elif here.alive:
                     here.limiter.down(there.node_id)
 
     def _send(self, seat: Seat, peer: bytes, kind: Frame, fields: dict[str, Any]) -> None:
@@ -212,8 +224,8 @@ class Floor:
             return
 
         def deliver() -> None:
-            if other.stands_still:
-                other.unread.append(deliver)
+            if other.stands_still and pair in self.links:
+                other.unread.append(partial(other.limiter.on_frame, seat.node_id, kind, parse_control(frame[HEADER_BYTES:])))
             elif pair in self.cuts and pair in self.links:
                 self.held.setdefault(pair, []).append(deliver)
             elif other.alive and seat in self.seats and other in self.seats and pair in self.links:
