@@ -29,6 +29,7 @@ from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import Limiter
+from proxy.limits.metrics import LimitsCollector
 from proxy.metering import LedgerCollector, Meter
 from proxy.metrics import Metrics
 from proxy.orders import Orders
@@ -96,6 +97,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     gate = Gate(identity.trust, clock=clock, region=config.region)
     limits = Limiter(identity.node_id, node.boot, send=proxies.send, clock=clock, counters=Counters(config.state_dir / "limits.db"))
     proxies.limits = limits
+    metrics.registry.register(LimitsCollector(limits))
     documents = DocumentRoutes(directory, identity.trust, clock=clock)
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     metrics.registry.register(LedgerCollector(ledger))

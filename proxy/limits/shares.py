@@ -223,6 +223,16 @@ class Shares:
         return fields
 
     @property
+    def share(self) -> float:
+        """Its own part of every limit."""
+        return 1 / len(self.counted) if self.entitled else 0.0
+
+    @property
+    def missed(self) -> frozenset[bytes]:
+        """Those that count and have not been heard of for `MISSED_S`."""
+        return self._missed
+
+    @property
     def version(self) -> int:
         """Of what `beat` tells."""
         return self._version
@@ -233,6 +243,8 @@ class Shares:
         stamp, echo = read_int(fields, "t"), read_int(fields, "echo")
         version, acked = read_int(fields, "v"), read_int(fields, "ack")
         wants, lends, sure = read_bool(fields, "want"), read_bool(fields, "lend"), read_bool(fields, "sure")
+        if now - self._ticked_at > LOAN_S:
+            self._reach(now)  # this process stood still: what it hears now does not undo that it was out of reach
         before = (known.lends, known.version, now < known.lent_until)
         self.now = max(self.now, now)
         if "of" in fields:
