@@ -13,6 +13,8 @@ from enum import IntEnum
 FORGET_S = 3.0
 """An asker that has been silent for so long wants nothing; a bucket that nobody asks for is gone."""
 WHOLE = 1 - 1e-9
+AGAIN_S = 1.0
+"""What has been handed out may come back, or be within reach again."""
 SPARE, SPARE_S = 0.75, 1.0
 
 
@@ -51,7 +53,7 @@ class Ask:
 
 @dataclass(slots=True, kw_only=True)
 class Grant:
-    """What it gets: ``given`` now, ``left`` with the owner, and in how many seconds ``least`` could be had."""
+    """What it gets: ``given`` now, ``left`` with the owner, and in how many seconds ``least`` could be had; 0 of a budget that is spent."""
 
     bucket: bytes
     given: float
@@ -128,7 +130,8 @@ class Bucket:
                 given = float(int(given))
             self.level -= given
             asker.out += given
-        return Grant(bucket=ask.bucket, given=given, left=max(0.0, self.level), wait_s=0.0 if given else 1.0)
+        spent = self.kind is Kind.BUDGET and fraction >= WHOLE and limit - used < ask.least
+        return Grant(bucket=ask.bucket, given=given, left=max(0.0, self.level), wait_s=0.0 if given or spent else AGAIN_S)
 
     def _rate(self, asker: _Asker, ask: Ask, limit: float, burst: float, *, fraction: float, since: float, now: float) -> Grant:
         cap, rate = burst * fraction, limit * fraction

@@ -156,10 +156,6 @@ class Limiter:
                 stash.pending -= cost
         return self._take(plan, tokens, money, prompt, call)
 
-    def headers(self, key: ApiKey, model: str) -> dict[str, str]:
-        """What is left of a key's limits, for an answer to a request that was refused."""
-        return rate_headers(self._plan(key, model))
-
     def _take(self, plan: Plan, tokens: int, money: float, prompt: int, call: Call) -> Hold:
         for stash in plan.ones:
             stash.balance -= 1.0
@@ -194,6 +190,9 @@ class Limiter:
     def _refusal(self, plan: Plan, stash: Stash, cost: float, now: float) -> RateLimited:
         self.refused[_meter(stash)] += 1
         headers = rate_headers(plan)
+        if stash.kind is Kind.BUDGET and stash.wait_s:
+            told = f"What is left of the budget of {stash.what} is in use or out of reach; try again shortly"
+            return RateLimited(told, retry_after_s=stash.wait_s, headers=headers)
         if stash.kind is Kind.BUDGET:
             end = datetime.fromtimestamp(stash.ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
             return QuotaSpent(

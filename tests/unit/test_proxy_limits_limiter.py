@@ -157,6 +157,18 @@ def test_budget_that_is_spent_says_so_and_is_renewed_at_midnight(clock: StoppedC
     enter(made, call)
 
 
+def test_budget_that_others_have_in_use_is_not_called_spent(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.take_document(rule("project:p", Limit(tokens_per_day=1000)))
+    call = call_of(0, max_tokens=600)
+    hold = enter(made, call)
+    error = refusal(made, call)
+    assert (error.code, error.retry_after_s) == ("rate_limit_exceeded", 1.0)
+    hold.settle(10, 10)
+    hold.end()
+    enter(made, call)
+
+
 def test_budget_outlives_the_process(clock: StoppedClock, tmp_path: Path) -> None:
     path, call = tmp_path / "limits.db", call_of(0, max_tokens=400)
     for boot in (1, 2):
