@@ -113,6 +113,15 @@ class DocumentFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharingFact:
+    """How limits are shared: whether this proxy has its share, how many count, and who of them has not been heard of."""
+
+    has_share: bool = True
+    proxies: int = 1
+    missed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Times are wall-clock seconds as the mesh counts them. ``reachable`` is how many nodes the view knows that could be peers."""
 
@@ -144,6 +153,7 @@ class Facts:
     own_copies: int
     wanted_copies: int
     large: bool
+    sharing: SharingFact = field(default_factory=SharingFact)
     counts: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -347,6 +357,22 @@ def _standing(one: DocumentFact) -> str:
     return f"{one.title}: seq {one.seq} here and at {one.same} of {_count(one.asked, 'node')}, {others}"
 
 
+def check_limits(facts: Facts) -> list[Finding]:
+    """Whether this proxy and all others can use the whole of every limit."""
+    sharing = facts.sharing
+    if sharing.missed:
+        what = f"{_count(len(sharing.missed), 'proxy', 'proxies')} of {sharing.proxies} gone without a good-bye; limits lack their share"
+        advice = "start it again, or see why it is out of reach; if it is gone for good and this lasts, restart this proxy"
+        return [Finding(check="limits", severity=Severity.WARN, what=what, detail=_names(sharing.missed), advice=advice)]
+    if not sharing.has_share:
+        advice = "it has just started, is draining, or a proxy it knows of is out of reach: see `mesh status` for those that are not linked"
+        what = "this proxy has no share of any limit yet; it asks others for what it needs"
+        return [Finding(check="limits", severity=Severity.WARN, what=what, advice=advice)]
+    alone = "this proxy keeps all limits by itself"
+    what = alone if sharing.proxies == 1 else f"limits are shared by {_count(sharing.proxies, 'proxy', 'proxies')}"
+    return [Finding(check="limits", severity=Severity.OK, what=what)]
+
+
 def check_credentials(facts: Facts) -> list[Finding]:
     """The directory's keys of this epoch and the next, and how long this node is a member."""
     current = int(facts.now // EPOCH_S)
@@ -429,14 +455,15 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     check_workers,
     check_certificates,
     check_documents,
+    check_limits,
     check_credentials,
     check_lookup,
     check_refusals,
 )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _span(seconds: float) -> str:

@@ -27,6 +27,7 @@ from mesh.doctor import (
     Facts,
     Finding,
     RecordFact,
+    SharingFact,
     Unlinked,
     WorkerFact,
     diagnose,
@@ -63,6 +64,7 @@ class Explainer:
         identity: Identity,
         clock: Clock,
         wants: Callable[[Record], bool] = lambda record: True,
+        sharing: Callable[[], SharingFact] = SharingFact,
     ) -> None:
         self._fleet = fleet
         self._directory = directory
@@ -70,6 +72,7 @@ class Explainer:
         self._identity = identity
         self._clock = clock
         self._wants = wants
+        self._sharing = sharing
         self._gate = asyncio.Semaphore(AT_ONCE)
 
     def peers(self) -> dict[str, Any]:
@@ -234,6 +237,7 @@ class Explainer:
             own_copies=min((len(contacts) for contacts in holders.values()), default=0),
             wanted_copies=node.config.holders,
             large=node.is_large,
+            sharing=self._sharing(),
             counts=directory.stats(),
         )
 

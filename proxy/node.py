@@ -92,11 +92,11 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         linked_workers=config.linked_workers,
     )
     views = Views(fleet, proxies, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
-    explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants)
     metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
     gate = Gate(identity.trust, clock=clock, region=config.region)
     limits = Limiter(identity.node_id, node.boot, send=proxies.send, clock=clock, counters=Counters(config.state_dir / "limits.db"))
     proxies.limits = limits
+    explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants, sharing=limits.sharing)
     metrics.registry.register(LimitsCollector(limits))
     documents = DocumentRoutes(directory, identity.trust, clock=clock)
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)

@@ -19,6 +19,7 @@ from mesh import prices
 from mesh.apikey import ApiKey
 from mesh.clock import Clock
 from mesh.directory import Directory
+from mesh.doctor import SharingFact
 from mesh.documents import Document
 from mesh.errors import MalformedEnvelope, ProtocolError, QuotaSpent, RateLimited, UsageError
 from mesh.limits import KIND, REQUEST_BURST_S, TOKEN_BURST_S, Limit, Rules
@@ -587,6 +588,12 @@ class Limiter:
         """The last request is over: what it used is told before the links close."""
         self._report(self._clock.monotonic())
         self._flush()
+
+    def sharing(self) -> SharingFact:
+        """How limits are shared, for the doctor."""
+        shares = self.shares
+        missed = tuple(sorted(peer.hex()[:12] for peer in shares.missed))
+        return SharingFact(has_share=shares.entitled, proxies=len(shares.counted), missed=missed)
 
     def leave(self) -> None:
         """This proxy is about to stop: give everything back."""

@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 
 from mesh.authority import EPOCH_S
-from mesh.doctor import Answer, BadRecord, DocumentFact, Facts, Finding, RecordFact, Severity, Unlinked, WorkerFact, diagnose, worst
+from mesh.doctor import (
+    Answer,
+    BadRecord,
+    DocumentFact,
+    Facts,
+    Finding,
+    RecordFact,
+    Severity,
+    SharingFact,
+    Unlinked,
+    WorkerFact,
+    diagnose,
+    worst,
+)
 
 NOW = 20_000 * EPOCH_S + EPOCH_S / 2
 HEALTHY = Facts(
@@ -114,6 +127,11 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("copies", "warn", {"own_copies": 1, "table_size": 40}, "1 holder"),
     ("refused", "ok", {"counts": {"refused_unsealed": 5}}, "unsealed 5"),
     ("refused", "warn", {"counts": {"refused_forged_record": 1}}, "forged_record 1"),
+    ("limits", "ok", {}, "by itself"),
+    ("limits", "ok", {"sharing": SharingFact(proxies=3)}, "shared by 3 proxies"),
+    ("limits", "warn", {"sharing": SharingFact(proxies=3, missed=("a1b2",))}, "a1b2"),
+    ("limits", "warn", {"sharing": SharingFact(proxies=3, missed=("a1b2",))}, "1 proxy of 3 gone"),
+    ("limits", "warn", {"sharing": SharingFact(has_share=False, proxies=3)}, "no share of any limit"),
 ]
 
 
