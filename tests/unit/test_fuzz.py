@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.fuzz import TARGETS, Report, read_corpus, run_target, try_one
+from tests.support.fuzz import TARGETS, Keys, Records, Report, read_corpus, run_target, try_one
 
 SAMPLE = {"keys": 700, "records": 2000, "tokens": 700, "frames": 4000, "engines": 3000, "bodies": 5000}
 
@@ -25,3 +25,17 @@ def test_sample_holds(name: str) -> None:
     assert report.holes == []
     assert report.count >= SAMPLE[name]
     assert len(report.outcomes) >= 3
+
+
+def test_every_flipped_bit_and_every_cut_of_what_is_signed_is_refused() -> None:
+    records, keys = Records(), Keys()
+    for kind, good in records._good.items():
+        signed = good[0]
+        flips = (signed[:at] + bytes((signed[at] ^ 1 << bit,)) + signed[at + 1 :] for at in range(len(signed)) for bit in range(8))
+        cuts = (signed[:at] for at in range(len(signed)))
+        longer = (signed + bytes(1), b"\x01" + signed, signed * 2, bytes(100_000))
+        for spoilt in (*flips, *cuts, *longer):
+            assert ": " in records.run(kind + spoilt), "refused, and for a reason"
+    text = keys._good[0].encode()
+    for spoilt in (*(text[:at] for at in range(len(text))), text + b"x", text * 2, b"im_" + b"z" * 5000, text[:-6] + b"000000"):
+        assert ": " in keys.run(spoilt)
