@@ -135,6 +135,23 @@ def odd_payload(payload: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return changed
 
 
+_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase
+_PAIRS = [high + low for high in _DIGITS for low in _DIGITS]
+
+
+def quick_base62(data: bytes) -> str:
+    """As `mesh.apikey.encode_base62`, ten digits at a time: most of a run's time went into it."""
+    number, words = int.from_bytes(data), list[str]()
+    while number:
+        number, word = divmod(number, 62**10)
+        pairs = []
+        for _ in range(5):
+            word, pair = divmod(word, 62**2)
+            pairs.append(_PAIRS[pair])
+        words.append("".join(reversed(pairs)))
+    return "".join(reversed(words)).lstrip("0")
+
+
 def why(error: MeshError) -> str:
     """An error's kind and message, without what differs from input to input."""
     return f"{type(error).__name__}: {re.sub(r'[0-9]+', '#', error.message)[:80]}"
@@ -184,8 +201,9 @@ class Keys:
         self._envelopes = [decode_base62(key[len(PREFIX) : -6]) for key in self._good]
         payload = {"id": b"12345678", "p": "search", "r": ["invoker"], "nbf": int(NOW) - 60, "exp": int(NOW) + 3600}
         self._payload = payload
-        for key in self._good:
+        for key, envelope in zip(self._good, self._envelopes, strict=True):
             self._verifier.verify(key, now=NOW)
+            assert self._text(envelope) == key.encode()
 
     def make(self, rng: random.Random) -> bytes:
         match rng.randrange(12):
@@ -247,7 +265,7 @@ class Keys:
     def _text(envelope: bytes) -> bytes:
         if len(envelope) > 3200:
             return (PREFIX + "1" * 4100).encode()  # too long for a key, and long to write out
-        text = PREFIX + encode_base62(envelope)
+        text = PREFIX + quick_base62(envelope)
         return (text + _checksum(text)).encode()
 
 
