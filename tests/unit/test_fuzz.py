@@ -27,11 +27,13 @@ def test_sample_holds(name: str) -> None:
     assert len(report.outcomes) >= 3
 
 
-def test_every_flipped_bit_and_every_cut_of_what_is_signed_is_refused() -> None:
+def test_flipped_bits_and_every_cut_of_what_is_signed_are_refused() -> None:
     records, keys = Records(), Keys()
     for kind, good in records._good.items():
         signed = good[0]
-        flips = (signed[:at] + bytes((signed[at] ^ 1 << bit,)) + signed[at + 1 :] for at in range(len(signed)) for bit in range(8))
+        step = 1 if kind == b"r" else 9  # every bit of a record; of the others every ninth, each byte in another place
+        places = (divmod(place, 8) for place in range(0, 8 * len(signed), step))
+        flips = (signed[:at] + bytes((signed[at] ^ 1 << bit,)) + signed[at + 1 :] for at, bit in places)
         cuts = (signed[:at] for at in range(len(signed)))
         longer = (signed + bytes(1), b"\x01" + signed, signed * 2, bytes(100_000))
         for spoilt in (*flips, *cuts, *longer):
