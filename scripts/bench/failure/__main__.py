@@ -23,6 +23,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
+from mesh.orders import Action  # noqa: E402
 from tests.support import fake_engine  # noqa: E402
 from tests.support.deployment import Deployment, Node  # noqa: E402
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode  # noqa: E402
@@ -73,6 +74,16 @@ async def slow(bed: Bed) -> None:
     bed.engine.tokens_per_s = 10
 
 
+async def drain(bed: Bed) -> None:
+    order = bed.mesh.authority.order(bytes.fromhex(bed.victim.id), Action.DRAIN, reason="bench", now=time.time())
+    async with bed.mesh.http.post(f"{bed.proxy.root}/mesh/v1/orders", data=order.signed) as response:
+        assert response.status == 200, await response.text()
+
+
+async def stop(bed: Bed) -> None:
+    bed.victim.process.terminate()
+
+
 def engine_of(worker: Node) -> int:
     return next(pid for pid in descendants(worker.process.pid) if "fake_engine" in command_line(pid) and "launch" not in command_line(pid))
 
@@ -82,6 +93,8 @@ FAULTS: dict[str, tuple[Fault, str, float]] = {
     "blackhole": (blackhole, "the worker stopped (SIGSTOP): connected and silent", 3.0),
     "wedge": (wedge, "the engine answers /health and computes nothing", 5.0),
     "freeze": (freeze, "the engine stopped (SIGSTOP)", 5.0),
+    "drain": (drain, "mesh drain", 0.25),
+    "stop": (stop, "SIGTERM of the worker", 0.25),
     "slow": (slow, "the engine twenty times slower", 0.0),
 }
 
