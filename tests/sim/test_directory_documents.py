@@ -170,7 +170,7 @@ def test_what_a_node_takes_in_it_tells_of_lists_and_passes_on() -> None:
         first, other = write(swarm, None, b"one"), write(swarm, None, b"", name="other")
         second = write(swarm, first, bytes(2_000))
         assert [alice.running.accept_document(document.signed) for document in (first, second, first, second)] == [True, True, False, False]
-        assert not alice.running.accept_document(second.signed[:-1])
+        assert not alice.running.accept_document(second.signed[:-1] + bytes([second.signed[-1] ^ 1]))
         assert not alice.running.accept_document(b"")
         await fleet[0].running.put_document(other)
         assert await alice.running.get_document("endpoint", "other") == other
