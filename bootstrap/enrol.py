@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -13,9 +13,10 @@ import structlog
 from bootstrap.ledger import Ledger, check_uses
 from mesh.authority import Admission, encode_admission
 from mesh.clock import Clock
-from mesh.errors import InvalidRequest, RateLimited, TrustError
+from mesh.errors import InvalidRequest, RateLimited, Revoked, TrustError
 from mesh.identity import Credentials, Peer, encode_credentials, parse_request
 from mesh.invite import verify_invite
+from mesh.revocations import RevocationList
 from mesh.trust import Role, Trust, key_id, raw_public_key
 
 log = structlog.get_logger(__name__)
@@ -39,6 +40,7 @@ class Desk:
     clock: Clock
     known_bootstraps: Callable[[], tuple[str, ...]]
     tell_others: Callable[[bytes, bytes], Awaitable[set[bytes]]]
+    revoked: RevocationList = field(default_factory=RevocationList)
 
     @property
     def present(self) -> Admission:
@@ -58,6 +60,8 @@ class Desk:
         now = self.clock.wall()
         signed = _read_hex(body, "token")
         invite = verify_invite(signed, self.trust, now=now)
+        if self.revoked.newest.refuses_invite(invite.id):
+            raise Revoked("this join token has been revoked; ask for another")
         if body.get("role") != str(invite.role):
             raise TrustError(f"this join token admits a {invite.role} and nothing else")
         public_key = parse_request(_read_text(body, "request").encode())

@@ -19,9 +19,11 @@ from mesh.clock import Clock, SystemClock
 from mesh.directory import Directory
 from mesh.enrol import keep_keyset, known_bootstraps, open_identity, until_half_life
 from mesh.errors import ConfigError
+from mesh.freshness import follow_revocations
 from mesh.identity import Identity, IdentityStore
 from mesh.node import About, Announcer
 from mesh.records import Capability, State
+from mesh.revocations import RevocationList
 from mesh.trust import Role
 
 log = structlog.get_logger(__name__)
@@ -62,6 +64,7 @@ async def run(config: BootstrapConfig, stop: asyncio.Event) -> int:
         up = directory.known(Role.BOOTSTRAP)
         return tuple(record.addresses[0] for record in up if record.addresses and record.node_id != identity.node_id)
 
+    revoked = RevocationList()
     desk = Desk(
         admission=admission,
         trust=identity.trust,
@@ -69,10 +72,12 @@ async def run(config: BootstrapConfig, stop: asyncio.Event) -> int:
         clock=clock,
         known_bootstraps=bootstraps,
         tell_others=Others(identity, config.state_dir, others).tell,
+        revoked=revoked,
     )
     server = EnrolServer(desk, identity, config.state_dir, clock)
     try:
         port = await listen(config, server, directory)
+        follow_revocations(directory, revoked)
         announcer.addresses = config.addresses(port)
         announcer.start()
         directory.watch(Role.BOOTSTRAP, lambda _record: None, interval_s=WATCH_S)

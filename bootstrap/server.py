@@ -35,8 +35,8 @@ from mesh.errors import (
     UnknownSigner,
     UpstreamTimeout,
 )
-from mesh.identity import Identity, Peer, peer_of, private_key_pem, require_role, write_private
-from mesh.trust import Role
+from mesh.identity import Identity, Peer, issuer_of, peer_of, private_key_pem, require_role, write_private
+from mesh.trust import Purpose, Role
 
 log = structlog.get_logger(__name__)
 
@@ -175,6 +175,7 @@ class EnrolServer:
         certificate = tls.getpeercert(binary_form=True) if tls is not None else None
         if not certificate:
             raise InvalidKey("this needs the node's present certificate (mutual TLS)")
+        self._desk.trust.issuer(issuer_of(certificate), Purpose.NODE, now=self._clock.wall())  # TLS knows of no issuer that was retired
         return peer_of(certificate, self._identity.mesh_id)
 
     async def _read_json(self, request: web.BaseRequest) -> dict[str, Any]:

@@ -230,20 +230,24 @@ class KeyVerifier:
         if known is not None and now < known[0]:
             return known[1]
         claims, until = _verify(text, self._trust, now=now)
-        reason = self._revoked.newest.refuses(claims)
+        newest = self._revoked.newest
+        reason = newest.refuses(claims, now=now)
         if reason is not None:
             raise Revoked(reason)
         if claims.not_before <= now:
-            self._known[digest] = (until, claims)
+            self._known[digest] = (min(until, newest.holds_until(claims)), claims)
             if len(self._known) > self._size:
                 self._known.popitem(last=False)
         return claims
 
     def _forget_revoked(self) -> None:
         """Once for each new list, so that a request asks nothing of it."""
-        refuses = self._revoked.newest.refuses
-        for digest in [digest for digest, (_, claims) in self._known.items() if refuses(claims) is not None]:
-            del self._known[digest]
+        newest = self._revoked.newest
+        for digest, (until, claims) in list(self._known.items()):
+            if newest.refuses(claims, now=0.0) is not None:
+                del self._known[digest]
+            elif newest.later:
+                self._known[digest] = (min(until, newest.holds_until(claims)), claims)
 
 
 def encode_base62(data: bytes) -> str:

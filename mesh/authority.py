@@ -24,7 +24,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from mesh.apikey import ApiKey, mint
+from mesh.apikey import ApiKey, mint_with
+from mesh.delegation import Signer, open_chain
 from mesh.documents import Document, seal_document
 from mesh.errors import ConfigError, MalformedEnvelope, UsageError
 from mesh.identity import (
@@ -41,6 +42,7 @@ from mesh.identity import (
 from mesh.invite import Invite, seal_invite
 from mesh.membership import seal_membership
 from mesh.orders import ORDER_LIFE_S, Action, Order, seal_order
+from mesh.scope import UNBOUNDED
 from mesh.trust import Issuer, Keyset, Purpose, Role, Trust, key_id, parse_keyset, raw_public_key, seal_keyset
 
 ROOT_LIFETIME_S = 10 * 365 * 86400.0
@@ -148,34 +150,75 @@ class Authority:
     def trust(self) -> Trust:
         return Trust(self.keyset)
 
-    def mint_key(self, claims: ApiKey) -> str:
-        return mint(claims, self._issuer_key(KEYS_KID), KEYS_KID)
+    def mint_key(self, claims: ApiKey, *, kid: str | None = None) -> str:
+        """Make a key with the issuer ``kid``, else with the best one here. Raises `ConfigError`, `UsageError` or a `TrustError`."""
+        return mint_with(claims, self.signer(kid, now=claims.not_before))
 
     def sign_document(self, document: Document) -> Document:
         """Sign a version of a document; returns it with ``signed`` filled in."""
-        return seal_document(document, self._issuer_key(KEYS_KID), KEYS_KID)
+        kid = self.issuer_here(Purpose.DOCUMENT)
+        return seal_document(document, self._issuer_key(kid), kid)
 
     def invite(self, role: Role, *, ttl_s: float, uses: int, bootstraps: tuple[str, ...], now: float) -> str:
         """A join token's text."""
+        kid = self.issuer_here(Purpose.INVITE)
         claims = Invite(id=os.urandom(16), role=role, uses=uses, issued=now, expires=now + ttl_s)
-        key = self._issuer_key(KEYS_KID)
-        return seal_invite(key, KEYS_KID, claims, mesh_id=self.mesh_id, bootstraps=bootstraps)
+        return seal_invite(self._issuer_key(kid), kid, claims, mesh_id=self.mesh_id, bootstraps=bootstraps)
 
     def order(self, node_id: bytes, action: Action, *, reason: str, now: float) -> Order:
         """Tell a node something; to be carried to it within `ORDER_LIFE_S`."""
         order = Order(node_id=node_id, action=action, issued=now, expires=now + ORDER_LIFE_S, reason=reason)
-        return seal_order(order, self._issuer_key(KEYS_KID), KEYS_KID)
+        kid = self.issuer_here(Purpose.DOCUMENT)
+        return seal_order(order, self._issuer_key(kid), kid)
 
     def admission(self) -> Admission:
         """What a bootstrap node needs. Raises `ConfigError` where this folder no longer holds it."""
+        kid = self.issuer_here(Purpose.NODE)
         return Admission(
-            kid=NODES_KID,
-            key=self._issuer_key(NODES_KID),
-            certificate=self._read(f"issuers/{NODES_KID}.crt"),
+            kid=kid,
+            key=self._issuer_key(kid),
+            certificate=self._read(f"issuers/{kid}.crt"),
             root_certificate=self._read("root.crt"),
             keyset=self.keyset,
             secret=self._read("network.secret"),
         )
+
+    def signer(self, kid: str | None = None, *, now: float) -> Signer:
+        """Who makes API keys here: an issuer of the keyset, or a delegation handed over. Raises `ConfigError` or a `TrustError`."""
+        if kid is None:
+            delegated = sorted(path.stem for path in (self.directory / "issuers").glob("*.chain"))
+            issuers = self._issuers_here(Purpose.KEY)
+            kid = issuers[-1].kid if issuers else delegated[-1] if delegated else self.issuer_here(Purpose.KEY)
+        chain = self._chain(kid)
+        if chain:
+            delegation = open_chain(chain, self.trust, now=now)[1][-1]
+            return Signer(kid=kid, key=self._issuer_key(kid), scope=delegation.scope, expires=delegation.expires, chain=chain)
+        issuer = self.trust.issuer(kid, Purpose.KEY, now=now)
+        return Signer(kid=kid, key=self._issuer_key(kid), scope=issuer.scope, expires=issuer.expires)
+
+    def issuer_here(self, purpose: Purpose) -> str:
+        """The newest issuer that may sign for ``purpose`` and whose key is here. Raises `ConfigError`."""
+        issuers = self._issuers_here(purpose)
+        if issuers:
+            return issuers[-1].kid
+        named = next((issuer.kid for issuer in self.keyset.issuers if purpose in issuer.may), None)
+        where = f": {self.directory / 'issuers' / named}.key does not exist" if named else ""
+        raise ConfigError(f"nothing here may sign for '{purpose}'{where}")
+
+    def _issuers_here(self, purpose: Purpose) -> list[Issuer]:
+        """Those whose bounds are the widest last, and of those the newest."""
+        folder = self.directory / "issuers"
+        here = [issuer for issuer in self.keyset.issuers if purpose in issuer.may and (folder / f"{issuer.kid}.key").exists()]
+        return sorted(here, key=lambda issuer: (issuer.scope == UNBOUNDED, issuer.not_before))
+
+    def _chain(self, kid: str) -> tuple[bytes, ...]:
+        path = self.directory / "issuers" / f"{kid}.chain"
+        try:
+            return tuple(bytes.fromhex(text) for text in json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
 
     def _issuer_key(self, kid: str) -> Ed25519PrivateKey:
         return load_private_key(self.directory / "issuers" / f"{kid}.key")

@@ -6,6 +6,7 @@ import click
 
 from mesh import __version__
 from mesh.commands.directory import doctor, lookup, peers
+from mesh.commands.issuers import issuer
 from mesh.commands.limits import limits
 from mesh.commands.local import down, up
 from mesh.commands.nodes import drain, undrain
@@ -24,5 +25,5 @@ def main() -> None:
 
 
 _LOOKING = (models, status, workers, peers, lookup, doctor, usage, logs, bill)
-for _command in (up, down, create, invite, key, limits, init, chat, *_LOOKING, prices, drain, undrain):
+for _command in (up, down, create, invite, key, issuer, limits, init, chat, *_LOOKING, prices, drain, undrain):
     main.add_command(_command)

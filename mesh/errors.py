@@ -32,7 +32,8 @@
     │   ├── Overloaded              every queue that could take it is full
     │   │   └── Rerouted            (between proxy and worker) the worker has more to do than the proxy knew
     │   ├── NoRoom                  too many connections, or too much in memory
-    │   └── NoWorker                nobody ready serves the model
+    │   ├── NoWorker                nobody ready serves the model
+    │   └── RevocationsStale        nobody knows whether keys have been revoked meanwhile
     ├── WorkerError                 a worker or its engine failed
     │   ├── WorkerLost              the link to it broke
     │   ├── EngineUnavailable       its engine does not answer
@@ -273,6 +274,12 @@ class NoWorker(CapacityError):
     """No worker is ready to serve this model."""
 
     code = "no_worker"
+
+
+class RevocationsStale(CapacityError):
+    """The proxy does not know which keys have been revoked lately, and accepts none."""
+
+    code = "revocations_stale"
 
 
 class WorkerError(MeshError):

@@ -150,6 +150,12 @@ def peer_of(certificate: bytes, mesh_id: bytes) -> Peer:
     raise WrongMesh("the certificate is not a node of this mesh")
 
 
+def issuer_of(certificate: bytes) -> str:
+    """Who signed a DER leaf, once TLS has verified its chain: an issuer's own certificate bears that name by the root's word."""
+    names = x509.load_der_x509_certificate(certificate).issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
+
+
 def require_role(context: ssl.SSLContext, mesh_id: bytes, roles: Collection[Role]) -> ssl.SSLContext:
     """Make ``context`` fail the handshake unless the peer's verified certificate is a node of this mesh in one of ``roles``.
 

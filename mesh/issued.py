@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mesh.apikey import ApiKey
+from mesh.apikey import ApiKey, mint_with
 from mesh.authority import Authority
 from mesh.errors import ConfigError
 
@@ -19,12 +20,7 @@ class IssuedKeys:
         self._path = folder / "keys.jsonl"
 
     def add(self, claims: ApiKey, *, now: float, note: str = "") -> None:
-        line = json.dumps(claims.describe() | {"issued": now, "note": note}) + "\n"
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self._path, claims.describe() | {"issued": now, "note": note})
 
     def all(self) -> list[dict[str, Any]]:
         """Oldest first. Raises `ConfigError` naming the line that cannot be read."""
@@ -47,8 +43,27 @@ class IssuedKeys:
         return found
 
 
-def issue(authority: Authority, claims: ApiKey, *, now: float, remark: str = "") -> str:
+class RevocationRecord:
+    """``revoked.jsonl`` (0600) beside it: what this operator took back, when and why. For people; proxies go by the signed list."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "revoked.jsonl"
+
+    def add(self, what: dict[str, Any], *, now: float, reason: str) -> None:
+        _append(self._path, what | {"at": now, "reason": reason})
+
+
+def issue(authority: Authority, claims: ApiKey, *, now: float, remark: str = "", kid: str | None = None) -> str:
     """Mint a key and write its claims into the list of issued ones; returns the key's text."""
-    text = authority.mint_key(claims)
-    IssuedKeys(authority.directory).add(claims, now=now, note=remark)
+    signer = authority.signer(kid, now=now)
+    text = mint_with(claims, signer)
+    IssuedKeys(authority.directory).add(replace(claims, kid=signer.kid), now=now, note=remark)
     return text
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -3,13 +3,15 @@
 One document of kind ``revocations``, name ``keys``, signed by an issuer that may sign documents. Its body::
 
     keys      n × (id (8) ‖ end (4))      keys, and delegations with all that is below them; until they would have ended anyway
+    later     n × (id (8) ‖ from (4))     of those, which are revoked only from a moment on
     invites   n × (first 8 bytes of the id ‖ end (4))     join tokens
     projects  {project: T}                keys of the project that begin before T
     issuers   {kid: T}                    keys of the issuer that begin before T
     before    T                           all keys that begin before T
 
-Times are whole seconds; an ``end`` of an entry is the moment after which nothing with that id can hold, so the list forgets it. 5,000 ids
-fit. A list that would be longer is refused when it is made: revoke the project or the issuer before a time, which is one entry.
+Times are whole seconds; an ``end`` of an entry is the moment after which nothing with that id can hold, so the list forgets it; a ``T`` is
+forgotten 90 days after it, when no key that began before can live. 5,000 ids fit. A list that would be longer is refused when it is made:
+revoke the project or the issuer before a time, which is one entry.
 """
 
 from __future__ import annotations
@@ -28,10 +30,9 @@ from mesh.errors import MalformedEnvelope, UsageError
 from mesh.scope import MAX_LIFETIME_S
 
 KIND, NAME = "revocations", "keys"
-MAX_IDS = 5_000
-"""Of keys and join tokens together: 60,000 bytes, so that the list fits a frame of a link."""
-MAX_NAMES = 500
-"""Projects, and issuers."""
+MAX_BYTES = 65_000
+"""So that the list fits a frame of a link: 5,000 ids and some dozens of names."""
+NEVER = float("inf")
 ID_BYTES = 8
 _ENTRY = struct.Struct(">8sI")
 
@@ -56,6 +57,7 @@ class Revocations:
     """One version of the list. ``seq`` is its document's, 0 for none; ``issued`` when it was signed. Ends and times in wall seconds."""
 
     keys: Mapping[bytes, float] = field(default_factory=dict)
+    later: Mapping[bytes, float] = field(default_factory=dict)
     invites: Mapping[bytes, float] = field(default_factory=dict)
     projects: Mapping[str, float] = field(default_factory=dict)
     issuers: Mapping[str, float] = field(default_factory=dict)
@@ -63,16 +65,21 @@ class Revocations:
     seq: int = 0
     issued: float = 0.0
 
-    def refuses(self, key: Claims) -> str | None:
+    def refuses(self, key: Claims, *, now: float) -> str | None:
         """Why a key no longer holds, in a few words; None if it does. A microsecond, and only when the list or the key is new."""
-        if key.id in self.keys:
-            return "it has been revoked"
-        if any(delegation in self.keys for delegation in key.delegations):
-            return "what it was made with has been revoked"
+        for number, item in enumerate((key.id, *key.delegations)):
+            if item in self.keys and now >= self.later.get(item, 0.0):
+                return "what it was made with has been revoked" if number else "it has been revoked"
         begins = key.not_before
         if begins < self.before or begins < self.projects.get(key.project, 0.0) or begins < self.issuers.get(key.kid, 0.0):
             return "all keys of its time have been revoked"
         return None
+
+    def holds_until(self, key: Claims) -> float:
+        """When a key that holds now is revoked."""
+        if not self.later:
+            return NEVER
+        return min((self.later[item] for item in (key.id, *key.delegations) if item in self.later), default=NEVER)
 
     def refuses_invite(self, invite_id: bytes) -> bool:
         return invite_id[:ID_BYTES] in self.invites
@@ -84,17 +91,36 @@ class Revocations:
         def living(times: Mapping[str, float]) -> dict[str, float]:
             return {name: at for name, at in times.items() if at > oldest}
 
+        keys = {item: end for item, end in self.keys.items() if end > now}
         return replace(
             self,
-            keys={item: end for item, end in self.keys.items() if end > now},
+            keys=keys,
+            later={item: at for item, at in self.later.items() if at > now and item in keys},
             invites={item: end for item, end in self.invites.items() if end > now},
             projects=living(self.projects),
             issuers=living(self.issuers),
             before=self.before if self.before > oldest else 0.0,
         )
 
-    def with_key(self, key_id: bytes, *, end: float) -> Revocations:
-        return replace(self, keys=dict(self.keys) | {key_id: max(end, self.keys.get(key_id, 0.0))})
+    def with_key(self, key_id: bytes, *, end: float, begin: float = 0.0) -> Revocations:
+        """``begin`` is from when it is revoked; 0 at once. What is revoked already does not come back."""
+        later = dict(self.later)
+        if begin and (key_id not in self.keys or key_id in later):
+            later[key_id] = min(begin, later.get(key_id, begin))
+        else:
+            later.pop(key_id, None)
+        return replace(self, keys=dict(self.keys) | {key_id: max(end, self.keys.get(key_id, 0.0))}, later=later)
+
+    def union(self, other: Revocations) -> Revocations:
+        """What either revokes, numbered as this one."""
+        joined = self
+        for key_id, end in other.keys.items():
+            joined = joined.with_key(key_id, end=end, begin=other.later.get(key_id, 0.0))
+        for project, before in other.projects.items():
+            joined = joined.with_project(project, before=before)
+        for kid, before in other.issuers.items():
+            joined = joined.with_issuer(kid, before=before)
+        return replace(joined, invites=dict(other.invites) | dict(self.invites)).with_all(before=other.before)
 
     def with_invite(self, invite_id: bytes, *, end: float) -> Revocations:
         return replace(self, invites=dict(self.invites) | {invite_id[:ID_BYTES]: end})
@@ -114,20 +140,21 @@ NONE = Revocations()
 
 def encode_revocations(revoked: Revocations) -> bytes:
     """The document's body. Raises `UsageError` if the list is too long."""
-    if len(revoked.keys) + len(revoked.invites) > MAX_IDS or max(len(revoked.projects), len(revoked.issuers)) > MAX_NAMES:
-        raise UsageError(
-            f"the list would hold more than {MAX_IDS} ids or {MAX_NAMES} names: revoke a whole project or issuer, "
-            "or wait for entries to fall off (an id does when its key would have ended)"
-        )
     body: bytes = msgpack.packb(
         {
             "keys": _pack(revoked.keys),
+            "later": _pack(revoked.later),
             "invites": _pack(revoked.invites),
             "projects": {name: int(at) for name, at in revoked.projects.items()},
             "issuers": {name: int(at) for name, at in revoked.issuers.items()},
             "before": int(revoked.before),
         }
     )
+    if len(body) > MAX_BYTES:
+        raise UsageError(
+            f"the list would have {len(body)} bytes, more than {MAX_BYTES}: revoke a whole project or issuer, which is one entry, or wait "
+            "for entries to fall off (an id does when its key would have ended)"
+        )
     return body
 
 
@@ -135,8 +162,9 @@ def parse_revocations(document: Document) -> Revocations:
     """From a verified document. Raises `MalformedEnvelope`."""
     payload = parse_payload(document.body)
     return Revocations(
-        keys=_unpack(read_bytes(payload, "keys", max_len=MAX_IDS * _ENTRY.size)),
-        invites=_unpack(read_bytes(payload, "invites", max_len=MAX_IDS * _ENTRY.size)),
+        keys=_unpack(read_bytes(payload, "keys", max_len=MAX_BYTES)),
+        later=_unpack(read_bytes(payload, "later", max_len=MAX_BYTES)),
+        invites=_unpack(read_bytes(payload, "invites", max_len=MAX_BYTES)),
         projects=_read_times(payload.get("projects")),
         issuers=_read_times(payload.get("issuers")),
         before=read_number(payload, "before"),
@@ -173,6 +201,6 @@ def _unpack(data: bytes) -> dict[bytes, float]:
 
 
 def _read_times(value: object) -> dict[str, float]:
-    if not isinstance(value, dict) or len(value) > MAX_NAMES or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise MalformedEnvelope("projects and issuers are maps from names to times")
     return {name: read_number(value, name) for name in value}

@@ -189,10 +189,14 @@ class App:
 
     async def _ready(self, request: web.BaseRequest, request_id: str) -> web.Response:
         models = sorted(self._fleet.models())
-        full = self._meter.full
-        ready = bool(models) and not self.draining and not full
-        waits_for = "its disk: receipts cannot be written" if full else "no worker is ready"
-        status = "draining" if self.draining else "ready" if ready else waits_for
+        waits = (
+            (self.draining, "draining"),
+            (not self._gate.fresh, "its list of revoked keys is not confirmed"),
+            (self._meter.full, "its disk: receipts cannot be written"),
+            (not models, "no worker is ready"),
+        )
+        status = next((why for waiting, why in waits if waiting), "ready")
+        ready = status == "ready"
         return web.json_response(
             {"status": status, "models": len(models)}, status=200 if ready else 503, headers={"x-request-id": request_id}
         )
@@ -219,10 +223,9 @@ class App:
         return {name for name in self._views.ready_models() if key.may_use(name)}
 
     async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        return web.json_response(
-            self._views.status(in_flight=self.in_flight, draining=self.draining, moves=self._moves.counts(), retries=self._budget.counts()),
-            headers={"x-request-id": request_id},
-        )
+        counts = {"moves": self._moves.counts(), "retries": self._budget.counts()}
+        status = self._views.status(in_flight=self.in_flight, draining=self.draining, **counts)
+        return web.json_response(status | {"revocations": self._gate.about()}, headers={"x-request-id": request_id})
 
     async def _workers(self, request: web.BaseRequest, request_id: str) -> web.Response:
         return web.json_response({"workers": self._views.workers()}, headers={"x-request-id": request_id})

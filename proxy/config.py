@@ -64,6 +64,11 @@ class ProxyConfig(NodeConfig):
         metavar="TIME",
         help="How long a whole answer may take where its request does not say (x-request-timeout); 0: as long as it takes.",
     )
+    revocations_stale_s: float = setting(
+        3600.0,
+        metavar="TIME",
+        help="How long keys are accepted without a word that the list of revoked keys is the newest; 0 for ever.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +87,7 @@ class ProxyConfig(NodeConfig):
         self.require(self.first_byte_timeout_s > 0, "first_byte_timeout_s", "must be more than zero")
         self.require(self.linked_workers >= 0, "linked_workers", "must not be negative")
         self.require(self.keep_receipts_s >= 3600, "keep_receipts_s", "must be at least 1h")
+        self.require(self.revocations_stale_s >= 0, "revocations_stale_s", "must not be negative")
         self.require(0 <= self.retry_limit <= 10, "retry_limit", "must be from 0 to 10")
         self.require(0 <= self.retry_share <= 1, "retry_share", "must be from 0 to 1")
         self.require(0 <= self.deadline_s <= MOST_TIMEOUT_S, "deadline_s", "must be at most 1d")

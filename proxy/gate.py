@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mesh.apikey import ApiKey, KeyRole, KeyVerifier
 from mesh.clock import Clock
-from mesh.errors import BadSignature, Expired, InvalidKey, KeyNotAllowed, MalformedEnvelope, NotYetValid, TrustError
+from mesh.errors import (
+    BadSignature,
+    Expired,
+    InvalidKey,
+    KeyNotAllowed,
+    MalformedEnvelope,
+    NotYetValid,
+    OutOfScope,
+    RevocationsStale,
+    Revoked,
+    TrustError,
+)
+from mesh.freshness import NEVER_STALE, Freshness
+from mesh.revocations import RevocationList
 from mesh.trust import Trust
 
 
 class Gate:
     """Verifies keys offline. ``region`` is this proxy's own; a key bound to another region is refused here."""
 
-    def __init__(self, trust: Trust, *, clock: Clock, region: str = "") -> None:
-        self._keys = KeyVerifier(trust)
+    def __init__(
+        self,
+        trust: Trust,
+        *,
+        clock: Clock,
+        region: str = "",
+        revoked: RevocationList | None = None,
+        freshness: Freshness | None = None,
+    ) -> None:
+        self._revoked = revoked or RevocationList()
+        self._keys = KeyVerifier(trust, revoked=self._revoked)
+        self._freshness = freshness or Freshness(stale_s=0.0, fresh_until=NEVER_STALE)
         self._clock = clock
         self._region = region
 
@@ -23,9 +48,10 @@ class Gate:
         scheme, _, text = authorization.partition(" ")
         if scheme.lower() != "bearer":
             raise InvalidKey("The Authorization header must be: Bearer im_…")
+        now = self._clock.wall()
         try:
-            key = self._keys.verify(text.strip(), now=self._clock.wall())
-        except (Expired, NotYetValid, MalformedEnvelope) as error:
+            key = self._keys.verify(text.strip(), now=now)
+        except (Expired, NotYetValid, MalformedEnvelope, OutOfScope, Revoked) as error:
             raise InvalidKey(f"Incorrect API key: {error.message}") from None
         except BadSignature:
             raise InvalidKey("Incorrect API key: its signature does not hold") from None
@@ -33,7 +59,35 @@ class Gate:
             raise InvalidKey("Incorrect API key: it was not issued for this mesh") from None
         if key.region is not None and key.region != self._region:
             raise InvalidKey("Incorrect API key: it is for another region")
+        if now >= self._freshness.fresh_until:
+            raise self._stale()
         return key
+
+    @property
+    def fresh(self) -> bool:
+        """Whether keys can be accepted at all: see `mesh.freshness`."""
+        return self._clock.wall() < self._freshness.fresh_until
+
+    def about(self) -> dict[str, Any]:
+        """The revocation list as this proxy has it, for people."""
+        newest, confirmed = self._revoked.newest, self._freshness.confirmed
+        return {
+            "seq": newest.seq,
+            "issued": newest.issued or None,
+            "keys": len(newest.keys),
+            "projects": len(newest.projects),
+            "issuers": len(newest.issuers),
+            "confirmed": confirmed or None,
+            "fresh": self.fresh,
+        }
+
+    def _stale(self) -> RevocationsStale:
+        if not self._freshness.looked:
+            return RevocationsStale("This proxy has just started and is asking which keys have been revoked", retry_after_s=1.0)
+        return RevocationsStale(
+            "This proxy has not been able to confirm its list of revoked keys for too long and accepts none until it has; try another",
+            retry_after_s=10.0,
+        )
 
     def authorize(self, key: ApiKey, model: str) -> None:
         """Whether the key may call the model. Raises `KeyNotAllowed`."""

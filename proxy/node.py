@@ -15,10 +15,12 @@ from mesh.clock import SystemClock
 from mesh.cordon import Cordon
 from mesh.directory import Directory
 from mesh.enrol import keep_keyset, keep_renewed, known_bootstraps, open_identity
+from mesh.freshness import Watch, follow_revocations
 from mesh.identity import IdentityStore
 from mesh.ledger import LEDGER_FILE, Ledger, signer
 from mesh.node import About, MeshNode
 from mesh.records import Capability, Record, State
+from mesh.revocations import RevocationList
 from mesh.runtime import announce
 from mesh.trust import Role
 from proxy.app import App
@@ -93,7 +95,10 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     )
     views = Views(fleet, proxies, directory, own=node.record, mesh=identity.trust.keyset.name, clock=clock)
     metrics = Metrics(fleet, directory=directory.stats, lookups=directory.node.counts.lookups, record_ages=views.record_ages)
-    gate = Gate(identity.trust, clock=clock, region=config.region)
+    revoked = RevocationList()
+    watch = Watch(directory, revoked, own=identity.node_id, stale_s=config.revocations_stale_s, folder=config.state_dir, clock=clock)
+    node.bulletin.on_agreed = lambda link: watch.agreed(link.node_id)
+    gate = Gate(identity.trust, clock=clock, region=config.region, revoked=revoked, freshness=watch.freshness)
     limits = Limiter(identity.node_id, node.boot, send=proxies.send, clock=clock, counters=Counters(config.state_dir / "limits.db"))
     proxies.limits = limits
     explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants, sharing=limits.sharing)
@@ -131,6 +136,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     ledger.start()
     await directory.start(config.host, config.dht_port)
     try:
+        follow_revocations(directory, revoked, watch.settle)
+        await watch.look_first()
         limits.follow(directory)
         _, link_port = await node.listen(config.host, config.link_port)
         node.addresses = config.addresses(link_port)
@@ -150,6 +157,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
                 tasks.create_task(cordon.watch_certificate()),
                 tasks.create_task(keep_keyset(identity, store)),
                 tasks.create_task(watch_documents(directory, clock, rng)),
+                tasks.create_task(watch.run(rng)),
                 tasks.create_task(limits.run()),
                 tasks.create_task(limits.keep()),
                 tasks.create_task(limits.look(directory)),
