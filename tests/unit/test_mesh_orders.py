@@ -183,7 +183,9 @@ def test_unreadable_memory_of_orders_stops_no_node(node: Node, kept: str) -> Non
 
 def test_another_nodes_order_is_not_obeyed_and_a_bad_frame_does_no_harm(node: Node) -> None:
     assert not node.cordon.obey(order().signed)
-    for fields in ({}, {"order": 5}, {"order": b"x" * 600}, {"order": order(node=node.identity).signed[:-1] + b"\x00"}):
+    signed = order(node=node.identity).signed
+    forged = signed[:-1] + bytes([signed[-1] ^ 1])
+    for fields in ({}, {"order": 5}, {"order": b"x" * 600}, {"order": forged}):
         node.cordon.obey_frame(fields)
     assert node.told == []
     node.cordon.obey_frame({"order": order(node=node.identity).signed})
