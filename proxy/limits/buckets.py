@@ -70,7 +70,7 @@ class _Asker:
     turn: float = 0.0
     """Of a rate that is wanted by more than it suffices for: what is this asker's by now."""
     out: float = 0.0
-    """Of slots and budgets: what it has been granted and has neither used up nor given back."""
+    """What it has been granted and has not given back; of a budget, nor used up."""
     used: float = 0.0
 
 
@@ -103,20 +103,19 @@ class Bucket:
         """Take an ask of ``who``. ``since`` is when the fraction may last have grown, ``used`` what all have used of a budget."""
         asker = self.askers.get(who)
         if asker is None:
-            asker = self.askers[who] = _Asker(ask.limit, ask.burst, ask.demand, now, used=ask.used, out=ask.held or 0.0)
-        else:
-            if ask.held is not None:
-                asker.out = ask.held
-            else:
-                asker.out = max(0.0, asker.out - ask.back - max(0.0, ask.used - asker.used))
-            asker.limit, asker.burst, asker.demand, asker.used = ask.limit, ask.burst, ask.demand, ask.used
+            asker = self.askers[who] = _Asker(ask.limit, ask.burst, ask.demand, now, used=ask.used)
+        back = min(ask.back, asker.out)  # nobody gives back more than it was given
+        if self.kind is not Kind.RATE:
+            spent = max(0.0, ask.used - asker.used)
+            asker.out = max(0.0, asker.out - back - spent) if ask.held is None else ask.held
+        asker.limit, asker.burst, asker.demand, asker.used = ask.limit, ask.burst, ask.demand, ask.used
         # What is debited and not yet used is the same for all three; what it is taken from is not.
         judge = self.askers[own] if own in self.askers else min(self.askers.values(), key=lambda one: one.limit)
         limit, burst = judge.limit, judge.burst
         if self.kind is Kind.RATE:
-            return self._rate(asker, ask, limit, burst, fraction=fraction, since=since, now=now)
+            return self._rate(asker, ask, limit, burst, back, fraction=fraction, since=since, now=now)
         if self.kind is Kind.BUDGET:
-            self._budget(limit, fraction=fraction, used=used, back=ask.back)
+            self._budget(limit, fraction=fraction, used=used, back=back)
         else:
             self.level = float(int(limit * fraction + 1e-9) - sum(one.out for one in self.askers.values()))
         self.at = asker.at = now
@@ -133,12 +132,14 @@ class Bucket:
         spent = self.kind is Kind.BUDGET and fraction >= WHOLE and limit - used < ask.least
         return Grant(bucket=ask.bucket, given=given, left=max(0.0, self.level), wait_s=0.0 if given or spent else AGAIN_S)
 
-    def _rate(self, asker: _Asker, ask: Ask, limit: float, burst: float, *, fraction: float, since: float, now: float) -> Grant:
+    def _rate(
+        self, asker: _Asker, ask: Ask, limit: float, burst: float, back: float, *, fraction: float, since: float, now: float
+    ) -> Grant:
         cap, rate = burst * fraction, limit * fraction
         passed = max(0.0, now - self.at)
         if self.fresh:  # nobody has been granted anything since this owner could have granted it
             self.level, self.fresh, self.fraction = min(cap, rate * (now - since)), False, fraction
-        self.level = min(cap, self.level + ask.back + min(rate, limit * self.fraction) * passed)
+        self.level = min(cap, self.level + back + min(rate, limit * self.fraction) * passed)
         self.at, self.fraction = now, fraction
         for other in [other for other, one in self.askers.items() if one is not asker and now - one.at > FORGET_S]:
             del self.askers[other]
@@ -156,6 +157,7 @@ class Bucket:
             given = ask.least if ask.want > 0 and rate > 0 and turn and self.level >= enough > 0 else 0.0
         self.level -= given
         asker.turn -= given
+        asker.out += given - back
         self.full_at = now + (cap - self.level) / rate if rate > 0 else now
         wait_s = 0.0
         if given < ask.least:
@@ -189,4 +191,5 @@ class Bucket:
         """Whether the bucket can be forgotten: nobody asks, and one made anew would be the same."""
         if now - self.at <= FORGET_S or now < self.full_at:
             return False
-        return (self.kind is Kind.BUDGET and wall > self.ends) or not any(one.out for one in self.askers.values())
+        over = self.kind is Kind.RATE or (self.kind is Kind.BUDGET and wall > self.ends)
+        return over or not any(one.out for one in self.askers.values())

@@ -76,6 +76,14 @@ def test_what_comes_back_can_be_had_again_but_never_more_than_a_burst() -> None:
     assert owner.ask(want=40, least=1, back=1e9).given == 20
 
 
+def test_nobody_gives_back_more_than_it_was_given() -> None:
+    owner = Owner(Kind.RATE, 10, 20)
+    owner.ask(BOB, want=15)
+    assert owner.ask(ALICE, want=5).given == 5
+    assert owner.ask(ALICE, want=20, least=1, back=1e9).given == 5
+    assert owner.ask(CAROL, want=20, least=1, back=1e9, held=1e9).given == 0
+
+
 def test_request_larger_than_the_bucket_takes_it_when_full_and_leaves_a_debt() -> None:
     owner = Owner(Kind.RATE, 10, 20)
     assert owner.ask(want=50).given == 50
