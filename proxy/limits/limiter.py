@@ -366,7 +366,11 @@ class Limiter:
 
     def _balance(self, stash: Stash, now: float) -> None:
         """Keep what is in hand near what will be needed."""
-        if now < stash.ask_at or (stash.asking and now - stash.asking <= LOST_S):
+        if stash.asking and now - stash.asking <= LOST_S:
+            return
+        if now < stash.ask_at:
+            if stash.kind is Kind.BUDGET and 0 < stash.balance < stash.cost:
+                self._ask(stash, now, 0.0, back=stash.balance)  # too little for anybody here; with what others have left, enough for one
             return
         target = stash.target
         if stash.balance < max(target / 2, stash.cost if stash.kind is not Kind.SLOTS else 1.0):

@@ -42,7 +42,7 @@ class Clients:
         end = time.monotonic() + seconds
         at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
-            while at < end:
+            while time.monotonic() < end:
                 at += self.rng.expovariate(rate)
                 await asyncio.sleep(max(0.0, at - time.monotonic()))
                 proxy = self.rng.choices(self.proxies, cum_weights=sums)[0]
