@@ -59,6 +59,8 @@ class _Peer:
     sent_at: float = float("-inf")
     sent_version: int = 0
     acked: int = 0
+    told: int = 0
+    """The newest version that it has ever acked."""
     version: int = 0
     wants: bool = False
     sure: bool = False
@@ -99,6 +101,8 @@ class Shares:
     _former: Ids = ()
     _held: frozenset[bytes] = frozenset()
     _lapses: dict[bytes, float] = field(default_factory=dict)
+    _history: list[tuple[int, frozenset[bytes]]] = field(default_factory=list)
+    """Whom this proxy counted, by the version since which it did, as far back as somebody may still believe."""
     _unsure: dict[bytes, float] = field(default_factory=dict)
     _counted_version: int = 1
     _wants: bool = False
@@ -117,6 +121,7 @@ class Shares:
     def __post_init__(self) -> None:
         self.members = (self.me,)
         self.counted = frozenset({self.me})
+        self._history.append((self._version, self.counted))
         self.since = self._ready_at = self._ticked_at = self.now
 
     # -- who is there
@@ -126,7 +131,7 @@ class Shares:
         new = _Peer(linked=True, linked_at=now, serving=serving)
         if (old := self.peers.get(peer)) is not None:
             new.heard_at, new.echoed_at, new.sent_at = old.heard_at, old.echoed_at, old.sent_at
-            new.counted = old.counted
+            new.counted, new.told = old.counted, old.told
         self.peers[peer] = new
 
     def serves(self, peer: bytes, serving: bool) -> None:
@@ -258,6 +263,7 @@ class Shares:
             known.version = version
         known.beating, known.heard_at, known.stamp = True, now, stamp
         known.acked = max(known.acked, min(acked, self._version))
+        known.told = max(known.told, known.acked)
         known.wants, known.lends, known.sure, known.leaving = wants, lends, sure, read_bool(fields, "bye")
         # A loan is counted from a moment that was certainly before the lender sent it: when this process sent what the lender echoes.
         if 0 < echo <= int(now * 1000):
@@ -274,14 +280,16 @@ class Shares:
         """Whoever wants to be counted is; whoever says good-bye is not."""
         if known.wants and peer not in self.counted and len(self.counted) < MAX_PROXIES:
             # Until all that were lent a larger share of less have heard, the newcomer cannot be sure of being counted.
-            self.counted |= {peer}
-            self._counted_version = self._version + 1
+            self._recount(self.counted | {peer}, now)
+            self._counted_version = self._version
             self._unsure = {other: one.sent_at + LOAN_S * DRIFT for other, one in self.peers.items()}
         elif not known.wants and peer in self.counted:
-            self.counted -= {peer}
-        else:
-            return
+            self._recount(self.counted - {peer}, now)
+
+    def _recount(self, counted: frozenset[bytes], now: float) -> None:
+        self.counted = counted
         self._bump()
+        self._history.append((self._version, counted))
         self._changed(now)
 
     # -- as time passes
@@ -352,9 +360,13 @@ class Shares:
         self._changed(now)
 
     def _reach(self, now: float) -> None:
-        """Give up the share where more than half of the others are out of reach."""
-        near = 1 + sum(now - self.peers[peer].reached_at < SILENT_S for peer in self.counted - {self.me})
-        if self.entitled and 2 * near < len(self.counted):
+        """Give up the share where more than half of the others are out of reach: of those counted now, and of those that somebody who is
+        out of reach may think are counted, since they judge by that."""
+        near = {peer for peer, known in self.peers.items() if now - known.reached_at < SILENT_S} | {self.me}
+        told = min((self.peers[peer].told for peer in self.counted - {self.me}), default=self._version)
+        while len(self._history) > 1 and self._history[1][0] <= told:
+            self._history.pop(0)
+        if self.entitled and any(2 * len(near & counted) < len(counted) for _, counted in self._history):
             self._give_up(now)
 
     def _miss(self, now: float) -> None:
@@ -367,10 +379,8 @@ class Shares:
             theirs = self.peers[peer].counted
             judges = [other for other in theirs - {peer} if other == self.me or peer in self._told_missed(other)]
             if 2 * len(judges) > len(theirs):
-                self.counted -= {peer}
                 self._missed -= {peer}
-                self._bump()
-                self._changed(now)
+                self._recount(self.counted - {peer}, now)
 
     def _told_missed(self, peer: bytes) -> frozenset[bytes]:
         known = self.peers.get(peer)
@@ -403,11 +413,9 @@ class Shares:
                 peer < self.me and not known.wants and not known.leaving for peer, known in linked.items()
             ):
                 return
-            self.counted = others | {self.me}
             self._wants, self._stopped_version = True, 0
-            self._bump()
+            self._recount(others | {self.me}, now)
             self._wanted_version = self._version
-            self._changed(now)
         others = self.counted - {self.me}
         if all(self._counts_me(peer) and self.peers[peer].counted <= self.counted for peer in others):
             self.entitled = True
