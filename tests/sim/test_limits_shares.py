@@ -54,7 +54,7 @@ async def trouble(floor: Floor, rng: random.Random) -> None:
                 floor.heal()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 33, 106, 190])  # each found a mistake once
 def test_shares_never_add_up_to_more_than_the_whole(seed: int) -> None:
     async def main(loop: VirtualLoop) -> None:
         rng = random.Random(seed)
