@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -159,7 +160,7 @@ async def test_link_that_swallows_everything_is_given_up_and_made_anew(deploymen
 async def test_stream_over_a_link_that_is_reset_ends_with_an_error_event_or_goes_on(deployment: Deployment) -> None:
     key = deployment.key()
     async with FakeEngine(tokens_per_s=20) as engine, outbound_mesh(deployment, engine) as (proxy, _, door):
-        body = chat_body(max_tokens=30, stream=True)
+        body: dict[str, Any] = chat_body(max_tokens=30, stream=True)
         got, broken = b"", False
         try:
             async with deployment.http.post(
@@ -172,7 +173,15 @@ async def test_stream_over_a_link_that_is_reset_ends_with_an_error_event_or_goes
         except aiohttp.ClientPayloadError:
             broken = True
         assert door.faults.fired["reset"] == 1
-        assert (b'"error"' in got and broken) or (got.endswith(b"data: [DONE]\n\n") and b'"finish_reason": "length"' in got)
+        said = [json.loads(line[6:]) for line in got.split(b"\n") if line.startswith(b"data: {")]
+        choices = [choice for event in said for choice in event.get("choices", ())]
+        text, right = "".join(choice["delta"].get("content") or "" for choice in choices), answer_to(body["messages"], 30)
+        if got.endswith(b"data: [DONE]\n\n"):
+            assert (text, choices[-1]["finish_reason"], broken) == (right, "length", False)
+        else:
+            assert broken
+            assert "error" in said[-1]
+            assert right.startswith(text)
         await well(deployment, proxy, key)
 
 
