@@ -455,7 +455,7 @@ class Gateway:
         """Once a second, as long as there are requests without a byte: tell their proxies that the engine makes steps."""
         while self._silent:
             await self._clock.sleep(PROGRESS_S)
-            if self._engine.base_url is not None and not self.pulse.stuck:
+            if self._engine.base_url is not None:
                 for stream in self._silent:
                     stream.progress({"running": self.admission.running})
         self._ticking = None
