@@ -452,7 +452,7 @@ class Gateway:
         )
 
     async def _report_progress(self) -> None:
-        """Once a second, as long as there are requests without a byte: tell their proxies that the engine makes steps."""
+        """Once a second, as long as there are requests without a byte: tell their proxies that the engine has not been given up."""
         while self._silent:
             await self._clock.sleep(PROGRESS_S)
             if self._engine.base_url is not None:
