@@ -44,7 +44,8 @@ class Ours:
         self._clock = SystemClock()
         self._config = DirectoryConfig.local()
         self._mesh = make_mesh(now=time.time() - 60)
-        self._identities = [self._mesh.identity(Role.WORKER, now=time.time()) for _ in range(plan.nodes)]
+        roles = [Role.BOOTSTRAP] + [Role.WORKER] * (plan.nodes - 1)  # the first is where the others enter, and stores as they do
+        self._identities = [self._mesh.identity(role, now=time.time()) for role in roles]
         self._addresses = [""] * plan.nodes
         self._directories: list[Directory] = []
         self._models: list[list[str]] = [[] for _ in range(plan.nodes)]
@@ -78,7 +79,7 @@ class Ours:
         identity, now = self._identities[number], time.time()
         record = Record(
             node_id=identity.node_id,
-            role=Role.WORKER,
+            role=identity.role,
             boot=self._boot,
             seq=self._seq,
             issued=now,
