@@ -1,7 +1,7 @@
 """A look-up: find the nodes nearest to a key, and what they hold under it.
 
 * Sliding: each path keeps `alpha` requests in flight; one that is late by its peer's own standard no longer counts, so a dead
-  node costs one usual round trip and no round waits for its slowest.
+  node costs one usual round trip and no round waits for its slowest. After it, more are asked at once than are needed.
 * Disjoint: beside the main path, which follows every hint, run a few that share nothing. A node belongs to the path that first
   heard of it, and a path knows only what its own nodes told it: a liar spoils the main path and one other.
 * What a path learns from a peer whose other hints proved worthless goes to the end of the queue.
@@ -78,6 +78,7 @@ class _Path:
         self.alpha = alpha
         self.tellers: dict[bytes, bytes] = {}
         self.in_flight = 0
+        self.late = 0
         self._order: list[int] = []
         self._contacts: list[Contact] = []
 
@@ -191,20 +192,25 @@ class Crawl:
         return fates.count(Fate.ANSWERED) < self._config.holders and Fate.LATE in fates
 
     def _pump_path(self, path: _Path) -> bool:
-        """True while the path has something to wait for."""
+        """True while the path has something to wait for.
+
+        Each node that kept this path waiting lets it ask one more than it needs: where many have just died, the next to be tried may be
+        dead too, and waiting for one after the other is what makes a look-up slow.
+        """
         waiting = False
-        for contact in self._frontier(path):
+        for place, contact in enumerate(self._frontier(path, path.width + min(path.late, path.alpha))):
             hop = self._hops.get(contact.id)
+            needed = place < path.width
             if hop is None:
                 if path.in_flight >= path.alpha:
-                    return True
+                    return waiting or needed
                 self._ask(contact, path)
-                waiting = True
+                waiting = waiting or needed
             elif hop.fate is Fate.WAITING:
-                waiting = True
+                waiting = waiting or needed
         return waiting
 
-    def _frontier(self, path: _Path) -> list[Contact]:
+    def _frontier(self, path: _Path, most: int) -> list[Contact]:
         """The nearest nodes that count: asked ones that failed or are late do not, nor those that keep silent lately."""
         now = self._clock.monotonic()
         found: list[Contact] = []
@@ -216,7 +222,7 @@ class Crawl:
             elif self._worthless.get(path.tellers[contact.id], 0) >= _WORTHLESS_AFTER or self._memory.shunned(contact.id, now):
                 continue
             found.append(contact)
-            if len(found) == path.width:
+            if len(found) == most:
                 break
         return found
 
@@ -237,6 +243,7 @@ class Crawl:
         if hop.fate is Fate.WAITING:
             hop.fate = Fate.LATE
             path.in_flight -= 1
+            path.late += 1
             self._pump()
 
     def _on_reply(self, hop: Hop, path: _Path, future: asyncio.Future[Reply | None]) -> None:
