@@ -130,7 +130,7 @@ def test_mistake_that_only_vllm_can_see_is_a_400_with_its_own_words(up: LocalUp)
     assert "1024" in caught.value.message
 
 
-def test_kill_of_one_worker_loses_only_begun_streams(up: LocalUp, engines: list[Vllm]) -> None:
+def test_kill_of_one_worker_loses_no_stream(up: LocalUp, engines: list[Vllm]) -> None:
     """Last in this file: it leaves the mesh with one worker."""
     results: list[str] = []
     begun = threading.Barrier(9, timeout=120)
@@ -156,7 +156,7 @@ def test_kill_of_one_worker_loses_only_begun_streams(up: LocalUp, engines: list[
     for thread in threads:
         thread.join(300)
     assert all(answer.choices for answer in answers), "what had no byte yet succeeds on the other"
-    assert set(results) == {"done", "error"}, results
+    assert set(results) == {"done"}, "streams that had begun go on at the other"
 
 
 def wait_for(condition: Callable[[], bool], what: str, within_s: float = 60) -> None:

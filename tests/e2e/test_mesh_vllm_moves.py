@@ -1,0 +1,132 @@
+"""Streams that outlive their worker, on real vLLM in float32, where greedy decoding is exact.
+
+Needs `eval "$(scripts/real-vllm --export)"`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.local_up import LocalUp, mesh_up
+from tests.support.processes import descendants
+
+PYTHON, MODEL = os.environ.get("INFERMESH_VLLM_PYTHON"), os.environ.get("INFERMESH_VLLM_MODEL")
+NAME = "smollm2"
+TOKENS = 48
+
+pytestmark = [
+    pytest.mark.real_vllm,
+    pytest.mark.skipif(not (PYTHON and MODEL), reason="real vLLM is not prepared: scripts/real-vllm --export"),
+    pytest.mark.timeout(600),
+]
+ASKED: tuple[dict[str, Any], ...] = (
+    {"text": "Tell me a story about a lighthouse."},
+    {"text": "Say something nice in emojis, many of them."},
+    {"text": "Write a haiku, and then one in Japanese."},
+    {"text": "Count from one to a hundred.", "stop": ["twelve", "thirteen fourteen"]},
+    {"text": "List the planets.", "max_tokens": 12},
+    {"text": "What is the capital of France? One word."},
+    {"text": "Once upon a time", "completion": True},
+    {"text": "def fibonacci(n):", "completion": True, "stop": "\n\n"},
+)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalUp]:
+    assert PYTHON
+    assert MODEL
+    command = shlex.join([PYTHON, "-m", "vllm.entrypoints.openai.api_server"])
+    arguments = ["--workers", "2", "--engine", "vllm", "--vllm-command", command, "--model", MODEL, "--served-name", NAME]
+    arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", "1024"]
+    environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with mesh_up(tmp_path_factory.mktemp("home"), *arguments, timeout_s=550, **environ) as started:
+        yield started
+
+
+class Client:
+    """One stream, read in a thread of its own."""
+
+    def __init__(self, up: LocalUp, asked: dict[str, Any]) -> None:
+        self._up = up
+        self._asked = dict(asked)
+        self.text = self.finish = self.error = ""
+        self.usage: tuple[int, int] = (0, 0)
+        self.ids: set[str] = set()
+        self.begun = threading.Event()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    @property
+    def answer(self) -> tuple[str, str, tuple[int, int], str]:
+        return self.text, self.finish, self.usage, self.error
+
+    def _run(self) -> None:
+        asked = {"temperature": 0, "max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True}, **self._asked}
+        text, client = asked.pop("text"), self._up.client()
+        try:
+            if asked.pop("completion", False):
+                stream = client.completions.create(model=NAME, prompt=text, **asked)
+            else:
+                stream = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": text}], **asked)
+            for number, piece in enumerate(stream):
+                self.ids.add(piece.id)
+                for choice in piece.choices:
+                    self.text += (choice.text if hasattr(choice, "text") else choice.delta.content) or ""
+                    self.finish = choice.finish_reason or self.finish
+                if piece.usage is not None:
+                    self.usage = piece.usage.prompt_tokens, piece.usage.completion_tokens
+                if number > 3:
+                    self.begun.set()
+        except Exception as error:
+            self.error = repr(error)
+        finally:
+            self.begun.set()
+
+
+def ask_all(up: LocalUp) -> list[Client]:
+    return [Client(up, asked) for asked in ASKED]
+
+
+def answers(clients: list[Client]) -> list[tuple[str, str, tuple[int, int], str]]:
+    for client in clients:
+        client.thread.join(300)
+    assert all(len(client.ids) == 1 for client in clients)
+    return [client.answer for client in clients]
+
+
+def moved(up: LocalUp) -> dict[str, int]:
+    return dict(json.loads(up.mesh("status", "--json").stdout)["proxy"]["streams"])
+
+
+def workers(up: LocalUp) -> list[dict[str, Any]]:
+    return list(json.loads(up.mesh("workers", "--json").stdout)["workers"])
+
+
+def test_death_of_a_worker_changes_no_token(up: LocalUp) -> None:
+    """It leaves the mesh with one worker."""
+    undisturbed = answers(ask_all(up))
+    assert [error for *_, error in undisturbed] == [""] * len(ASKED)
+    pids = {node["id"]: node["pid"] for node in up.about["nodes"] if node["role"] == "worker"}
+
+    clients = ask_all(up)
+    for client in clients:
+        client.begun.wait(120)
+    busiest = max(workers(up), key=lambda worker: worker["in_flight"])["id"]
+    engine = descendants(pids[busiest])
+    os.kill(pids[busiest], signal.SIGKILL)
+    for pid in engine:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert answers(clients) == undisturbed
+    counts = moved(up)
+    assert counts["moved"] > 0
+    assert counts["stuck"] == 0
