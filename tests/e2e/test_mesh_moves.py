@@ -133,7 +133,7 @@ async def lose_one(mesh: Mesh, count: int, tokens: int) -> list[Told]:
     await asyncio.gather(*tasks)
     assert [one.error for one in undisturbed] == [""] * count
     told, tasks = mesh.begin(count, max_tokens=tokens)
-    await begun(told, count // 2)
+    await begun(told, count * 3 // 4)
     victim = await mesh.busiest()
     await victim.kill()
     await asyncio.gather(*tasks)
@@ -171,4 +171,4 @@ async def test_deaths_under_streams_change_no_token(deployment: Deployment) -> N
 @pytest.mark.large
 @pytest.mark.timeout(900)
 async def test_kill_of_one_of_four_workers_under_200_streams_changes_no_token(deployment: Deployment) -> None:
-    await lose_one(await start(deployment, 4, parallel=24), 200, 48)
+    await lose_one(await start(deployment, 4, parallel=64), 200, 32)

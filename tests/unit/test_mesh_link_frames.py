@@ -105,7 +105,7 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
     }
     raw = {
         "data": (Frame.DATA, 1, encode_frame(Frame.DATA, 1, event)),
-        "tokens": (Frame.TOKENS, 1, encode_tokens(1, bytes.fromhex("1301b703"), event)),
+        "tokens": (Frame.TOKENS, 1, encode_tokens(1, bytes.fromhex("1301b7010000"), event)),
         "credit": (Frame.CREDIT, 1, encode_credit(1, 131072)),
         "cancel": (Frame.CANCEL, 1, encode_frame(Frame.CANCEL, 1)),
         "ping": (Frame.PING, 0, encode_frame(Frame.PING, 0, bytes(range(8)))),

@@ -252,3 +252,17 @@ def test_event_of_llamacpp_with_ids_but_no_count_is_odd() -> None:
 
 def test_tasks_have_wishes() -> None:
     assert set(WISHES) == {(way, task) for way in TokenIds for task in (Task.CHAT, Task.COMPLETIONS)}
+
+
+@given(st.lists(st.tuples(st.text(max_size=12), st.integers(0, 200_000)), max_size=12), st.booleans())
+def test_usual_events_are_cut_to_what_reading_them_gives(said: list[tuple[str, int]], ascii_only: bool) -> None:
+    """Read one by one, most events go the short way; read in pieces of 50 bytes, none does."""
+    told = [("word", 5), ('tricky","logprobs":null,"finish_reason":null,"token_ids":[9]', 6), *said]
+    events = [VLLM_ROLE % "[1,2]", *(VLLM_TOKEN % (json.dumps(text, ensure_ascii=ascii_only), f"[{token}]") for text, token in told)]
+    short, long = (TrackedEvents(TokenIds.VLLM, show_usage=True) for _ in range(2))
+    pieces = [piece for event in events for piece in short.feed(sse(event))]
+    whole = sse(*events)
+    others = [piece for at in range(0, len(whole), 50) for piece in long.feed(whole[at : at + 50])]
+    for one in (0, 1):
+        assert b"".join(piece[one] for piece in pieces) == b"".join(piece[one] for piece in others)
+    assert parse_trail(b"".join(trail for trail, _ in pieces)).ids == [token for _, token in told]

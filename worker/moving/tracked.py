@@ -38,6 +38,9 @@ class _Shape(NamedTuple):
 _PREFIX = b"data: "
 
 
+_NO_SHAPE = _Shape(b"", b"", b"", b"")
+
+
 class TrackedEvents:
     """Implements `worker.moving.relay.Events`. Takes the ids off a stream that may move. What cannot be gone on with any more is said in
     the trail, and passed on all the same.
@@ -56,11 +59,16 @@ class TrackedEvents:
         self._seen = 0
         self._last: Piece | None = None
         self._shape: _Shape | None = None
+        self._waiting = False
 
     def feed(self, data: bytes) -> list[Piece]:
         """Raises `ValueError` if one event grows too large."""
         usual = self._usual(data) if self._shape is not None else None
-        return [usual] if usual is not None else join_pieces(self._pieces(self._cutter.cut(data)))
+        if usual is not None:
+            return [usual]
+        whole = self._cutter.cut(data)
+        self._waiting = self._cutter.waiting
+        return join_pieces(self._pieces(whole))
 
     def close(self) -> list[Piece]:
         """A last event whose closing blank line is missing, if it is the stream's proper end."""
@@ -69,17 +77,16 @@ class TrackedEvents:
 
     def _usual(self, data: bytes) -> Piece | None:
         """One event that looks like those before it, without a closer look; None for anything else."""
-        shape = self._shape
-        assert shape is not None
-        if not (data.startswith(shape.before) and data.endswith(shape.after)) or self._cutter.waiting or self._last is not None:
+        before, between, after, hidden = self._shape or _NO_SHAPE
+        if not (data.startswith(before) and data.endswith(after)) or self._waiting or self._last is not None:
             return None
-        at = data.rfind(shape.between)
-        text, token = data[len(shape.before) : at], data[at + len(shape.between) : -len(shape.after)]
+        at = data.rfind(between)
+        text, token = data[len(before) : at], data[at + len(between) : -len(after)]
         if at < 0 or not token.isdigit() or len(token) > 9 or b'"' in text or b"\\" in text or b"\n" in text:
             return None
         self._seen += 1
         chars = len(text) if text.isascii() else len(text.decode("utf-8", "replace"))
-        return trails.encode_token(chars, int(token)), data[:at] + shape.hidden
+        return trails.encode_token(chars, int(token)), data[:at] + hidden
 
     def _learn(self, event: bytes, told: Told) -> None:
         """What this stream's usual events look like, if this is one."""

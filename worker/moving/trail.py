@@ -28,6 +28,7 @@ HASH_BYTES = 8
 MAX_BEGIN_BYTES = 4096
 _BEGIN, _GAP, _FINISH, _USAGE, _DONE, _FIXED, _CUT, _EVENT = 0, 1, 2, 3, 4, 5, 6, 16
 _MOST_NUMBER_BYTES = 5
+_TOKEN, _ONE = struct.Struct("<I"), struct.Struct("<BI")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,17 +87,17 @@ def encode_begin(begin: Begin) -> bytes:
 def encode_event(chars: int, ids: Sequence[int]) -> bytes:
     if len(ids) == 1:
         return encode_token(chars, ids[0])
-    return b"".join(map(_number, (_EVENT + chars, len(ids), *ids)))
+    return _number(_EVENT + chars) + _number(len(ids)) + struct.pack(f"<{len(ids)}I", *ids)
 
 
 def encode_token(chars: int, token: int) -> bytes:
     """The usual event: one token."""
-    return _number(_EVENT + chars) + b"\x01" + _number(token)
+    return _number(_EVENT + chars) + _ONE.pack(1, token)
 
 
 def encode_gap(chars: int, count: int, last: int, text: str) -> bytes:
     raw = text.encode()
-    return b"".join(map(_number, (_GAP, chars, count, last, len(raw)))) + raw
+    return b"".join(map(_number, (_GAP, chars, count))) + _TOKEN.pack(last) + _number(len(raw)) + raw
 
 
 def encode_cut(count: int) -> bytes:
@@ -112,8 +113,6 @@ def _number(value: int) -> bytes:
     """LEB128."""
     if value < _LISTED:
         return _NUMBERS[value]
-    if value < 1 << 21:
-        return bytes((value & 127 | 128, value >> 7 & 127 | 128, value >> 14))
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -164,12 +163,10 @@ def _parse_record(reader: _Reader, trail: Trail) -> None:
         raise MalformedEnvelope("a record after the end")
     if kind >= _EVENT:
         count = reader.number()
-        if count > reader.left:
-            raise MalformedEnvelope("more tokens than bytes")
-        trail.ids += [reader.token() for _ in range(count)]
+        trail.ids += reader.tokens(count)
         _emitted(trail, kind - _EVENT)
     elif kind == _GAP:
-        chars, count, last = reader.number(), reader.number(), reader.token()
+        chars, count, (last,) = reader.number(), reader.number(), reader.tokens(1)
         text = reader.take(reader.number(), most=MAX_GAP_BYTES).decode()
         if not text or not 1 < count <= MAX_GAP_BYTES:
             raise MalformedEnvelope("a gap that cannot be")
@@ -229,8 +226,8 @@ class _Reader:
                 return value
         raise MalformedEnvelope("a number without end")
 
-    def token(self) -> int:
-        value = self.number()
-        if value > MAX_TOKEN_ID:
+    def tokens(self, count: int) -> tuple[int, ...]:
+        found = struct.unpack(f"<{count}I", self.take(_TOKEN.size * count, most=self.left))
+        if max(found, default=0) > MAX_TOKEN_ID:
             raise MalformedEnvelope("a token that cannot be")
-        return value
+        return found
