@@ -11,6 +11,7 @@ from mesh.errors import (
     InvalidRequest,
     MeshError,
     ModelNotFound,
+    NotResumed,
     NoWorker,
     Overloaded,
     ProtocolError,
@@ -115,3 +116,11 @@ def test_deadline_is_final_and_nobodys_fault() -> None:
     assert not POLICY.again(DeadlineExceeded(), failed=0, started=False)
     assert not counts_against_worker(DeadlineExceeded())
     assert status_of(DeadlineExceeded())[0] == 504
+
+
+def test_stream_may_be_offered_to_a_few_others_and_to_more_that_are_only_full() -> None:
+    offered = [failed for failed in range(10) if POLICY.moves_on(NotResumed("x"), failed=failed, refused=0)]
+    assert offered == list(range(POLICY.moves))
+    full = [refused for refused in range(20) if POLICY.moves_on(Overloaded("x"), failed=9, refused=refused)]
+    assert full == list(range(POLICY.refusals))
+    assert not counts_against_worker(NotResumed("x")), "not being able to go on exactly is no failure"
