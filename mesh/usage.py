@@ -192,13 +192,19 @@ def _charge(sides: _Sides, answered: frozenset[bytes], now: int) -> Charge:
 
 
 def _share_out(charges: list[Charge], sides: Sequence[_Sides]) -> None:
-    """Where a stream went on at another worker, that one knows exactly how many tokens came before: what a lost worker cannot tell."""
+    """Where a stream went on at another worker, that one was told exactly how many tokens the client had had: what a lost worker cannot
+    tell, and what others passed on in vain is not charged."""
     for later, each in enumerate(sides):
         resumed = max((copy.receipt.resumed for copy in (each.worker, each.proxy) if copy is not None), default=0)
-        unknown = [at for at in range(later) if charges[at].partial and charges[at].estimated]
-        if resumed and len(unknown) == 1:
-            known = sum(charge.completion for at, charge in enumerate(charges[:later]) if at not in unknown)
-            charges[unknown[0]] = replace(charges[unknown[0]], completion=max(0, resumed - known), estimated=False)
+        begun = [at for at in range(later) if charges[at].partial]
+        if not resumed or not begun:
+            continue
+        last, worker = begun[-1], sides[begun[-1]].worker
+        passed_on = max(copy.receipt.size_bytes for copy in (worker, sides[last].proxy) if copy is not None)
+        had = min(passed_on, max(0, resumed - sum(charge.completion for charge in charges[:last])))
+        if worker is not None and not worker.receipt.own_count:
+            had = min(had, worker.receipt.completion)
+        charges[last] = replace(charges[last], completion=had, reasoning=min(charges[last].reasoning, had), estimated=False)
 
 
 # -- all nodes together

@@ -32,6 +32,9 @@ class Counted(Protocol):
 
     usage: Usage
 
+    @property
+    def so_far(self) -> Usage: ...
+
 
 class Tally:
     """One attempt, as it goes. A context manager: what it ends with is the receipt's status.
@@ -105,6 +108,8 @@ class Tally:
             return Usage(prompt=usage.prompt, cached=usage.cached, completion=usage.completion * self.sent // self.length), True
         if usage is not None and (usage.prompt or usage.completion):
             return usage, False
+        if self.stream is not None and self.stream.so_far.completion:
+            return self.stream.so_far, False
         if complete and self.stream is None:
             return Usage(), False
         opening = 1 if self._asked.task == Task.CHAT else 0  # a chat's first event names the role and holds no token

@@ -221,6 +221,11 @@ class EventStream:
         self._show_usage = show_usage
         self._rest = bytearray()
 
+    @property
+    def so_far(self) -> Usage:
+        """What the engine has told of its usage by now."""
+        return self.usage
+
     def feed(self, data: bytes) -> bytes:
         """Raises `ValueError` if one event grows beyond `MAX_EVENT_BYTES`."""
         whole = self.cut(data)

@@ -144,7 +144,7 @@ def _usage(by: str, since: float | None, until: float | None, project: str | Non
     else:
 
         async def add_up() -> tuple[Summary, Survey, PriceList | None]:
-            async with _mesh(settings) as mesh:
+            async with asking(settings) as mesh:
                 prices = await mesh.prices()
                 summary = Summary(names, price=prices.cost if prices is not None else lambda charge: 0)
                 survey = await mesh.survey(begin, end, project)
@@ -207,7 +207,7 @@ def export(
     settings, (begin, end) = _settings(home, url, api_key, whole_mesh), _span(since, until)
 
     async def gather() -> tuple[list[Priced], Survey]:
-        async with _mesh(settings) as mesh:
+        async with asking(settings) as mesh:
             prices = await mesh.prices()
             survey = await mesh.survey(begin, end, project)
             found = [
@@ -253,7 +253,7 @@ def prove(
     begin = since if since is not None else time.time() - 92 * 86400
 
     async def gather() -> list[tuple[bytes, bytes]]:
-        async with _mesh(_settings(home, url, api_key, whole_mesh)) as mesh:
+        async with asking(_settings(home, url, api_key, whole_mesh)) as mesh:
             found = []
             for node in await mesh.nodes():
                 with suppress(ApiError):
@@ -300,7 +300,7 @@ def bill(month: str | None, project: str | None, url: str | None, api_key: str |
     settings = _settings(home, url, api_key, whole_mesh or _operates(home, api_key))
 
     async def add_up() -> tuple[Summary, Survey, PriceList]:
-        async with _mesh(settings) as mesh:
+        async with asking(settings) as mesh:
             prices = await mesh.prices()
             if prices is None:
                 raise UsageError("there are no prices yet: mesh prices set --help")
@@ -435,7 +435,7 @@ def get_prices(url: str | None, api_key: str | None, whole_mesh: bool, home: Pat
     """Show the prices, period by period."""
 
     async def read() -> PriceList | None:
-        async with _mesh(_settings(home, url, api_key, whole_mesh)) as mesh:
+        async with asking(_settings(home, url, api_key, whole_mesh)) as mesh:
             return await mesh.prices()
 
     found = _run(read)
@@ -499,7 +499,7 @@ def logs(
     settings = _settings(home, url, api_key, whole_mesh)
 
     async def show() -> None:
-        async with _mesh(settings) as mesh:
+        async with asking(settings) as mesh:
             proxies = [node for node, role in (await mesh.nodes()).items() if role == Role.PROXY]
             written = {node: (await mesh.page(node, Query(since=_FAR, project=project))).last for node in proxies} if follow else {}
             survey = await mesh.survey(since, time.time() + 60, project, only=set(proxies))
@@ -520,7 +520,7 @@ def logs(
 
 
 async def _follow(
-    mesh: _Mesh, written: dict[bytes, int], project: str | None, test: Test, shown: set[tuple[int, str, int]], as_json: bool
+    mesh: Asked, written: dict[bytes, int], project: str | None, test: Test, shown: set[tuple[int, str, int]], as_json: bool
 ) -> None:
     while True:
         for node in await mesh.nodes():
@@ -586,7 +586,7 @@ def _show_log(record: dict[str, Any], as_json: bool) -> None:
 # -- asking
 
 
-class _Mesh:
+class Asked:
     """All nodes' receipts, through one proxy."""
 
     def __init__(self, client: Client) -> None:
@@ -633,9 +633,9 @@ class _Mesh:
 
 
 @asynccontextmanager
-async def _mesh(settings: ClientSettings) -> AsyncIterator[_Mesh]:
+async def asking(settings: ClientSettings) -> AsyncIterator[Asked]:
     async with Client(settings) as client:
-        yield _Mesh(client)
+        yield Asked(client)
 
 
 async def _get(settings: ClientSettings, path: str) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class Events(Protocol):
     def feed(self, data: bytes) -> list[Piece]: ...
     def close(self) -> list[Piece]: ...
 
+    @property
+    def so_far(self) -> Usage:
+        """What has been said by now, counted by the engine's token ids."""
+        ...
+
 
 def prepare(body: bytes | bytearray, task: Task, model: ModelSpec, *, engine_model: str | None) -> Prepared:
     """The body for the engine, asking for token ids if the stream can move with them; ``fixed`` says why not. Raises `InvalidRequest`."""

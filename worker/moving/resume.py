@@ -240,6 +240,11 @@ class ResumedEvents:
             pieces += self._end("length")
         return join_pieces(pieces)
 
+    @property
+    def so_far(self) -> Usage:
+        base = len(self._going_on.ids)
+        return Usage(prompt=self._trail_before.begin.prompt_tokens + base, completion=self._seen, cached=self._cached, resumed=base)
+
     def feed(self, data: bytes) -> list[Piece]:
         """Raises `ValueError` if one event grows too large, `EngineUnavailable` if the engine's answer is none."""
         return join_pieces(self._pieces(self._cutter.cut(data)))

@@ -56,10 +56,14 @@ class TrackedEvents:
         self._cutter = EventStream(show_usage=True)
         self._begun = False
         self._fixed = False
-        self._seen = 0
+        self._seen = self._prompt = 0
         self._last: Piece | None = None
         self._shape: _Shape | None = None
         self._waiting = False
+
+    @property
+    def so_far(self) -> Usage:
+        return Usage(prompt=self._prompt, completion=self._seen)
 
     def feed(self, data: bytes) -> list[Piece]:
         """Raises `ValueError` if one event grows too large."""
@@ -167,7 +171,7 @@ class TrackedEvents:
             return b""
         if not all(name.isprintable() and len(name) <= MAX_NAME for name in (told.id, told.model)) or not _are_tokens(ids):
             return b""
-        self._begun = True
+        self._begun, self._prompt = True, count
         known = trails.hash_prompt(ids) if ids else b""
         return trails.encode_begin(Begin(id=told.id, model=told.model, created=told.created, prompt_tokens=count, prompt_hash=known))
 
