@@ -53,7 +53,7 @@ _HARMLESS = frozenset({"good", "older", "expired"})
 
 
 class Explainer:
-    """JSON-ready answers. ``wants`` says which workers are this proxy's to link with."""
+    """JSON-ready answers. ``wants`` says which workers are this proxy's to link with; ``more`` gives what else the doctor says."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Explainer:
         self._clock = clock
         self._wants = wants
         self._sharing = sharing
+        self.more: Callable[[], Iterable[Finding]] = tuple
         self._gate = asyncio.Semaphore(AT_ONCE)
 
     def peers(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Explainer:
         """What is wrong, if anything. Raises `RateLimited`."""
         async with self._turn():
             began = self._clock.monotonic()
-            findings = diagnose(await self._facts())
+            findings = [*diagnose(await self._facts()), *self.more()]
         return {
             "worst": str(worst(findings)),
             "took_s": round(self._clock.monotonic() - began, 3),

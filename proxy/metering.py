@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mesh.apikey import ApiKey
+from mesh.doctor import Finding, Severity
 from mesh.errors import CapacityError, Overloaded, Rerouted
 from mesh.ledger import Ledger
 from mesh.receipts import MAX_TOKENS, Row, pack_receipt
@@ -155,6 +156,20 @@ class Meter:
         for attempt in attempts:
             if attempt is final or attempt.status not in _NOT_TRIED:
                 self._ledger.add(attempt)
+
+
+def look_at(ledger: Ledger) -> list[Finding]:
+    """What the doctor says of it."""
+    if ledger.trouble:
+        what = "receipts cannot be written to disk" + (", so no requests are taken" if ledger.full else "")
+        advice = "make room on the disk of the state folder, or mend it; what waits is written as soon as that works"
+        return [
+            Finding(check="receipts", severity=Severity.FAIL, what=what, detail=f"{ledger.waiting} wait: {ledger.trouble}", advice=advice)
+        ]
+    if ledger.full:
+        advice = "the disk is too slow for the load: add proxies, or give the state folder a faster disk"
+        return [Finding(check="receipts", severity=Severity.FAIL, what="too many receipts wait for the disk", advice=advice)]
+    return [Finding(check="receipts", severity=Severity.OK, what=f"receipts are written: {ledger.written} since the start")]
 
 
 class LedgerCollector(Collector):

@@ -32,7 +32,7 @@ from proxy.gate import Gate
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import Limiter
 from proxy.limits.metrics import LimitsCollector
-from proxy.metering import LedgerCollector, Meter
+from proxy.metering import LedgerCollector, Meter, look_at
 from proxy.metrics import Metrics
 from proxy.orders import Orders
 from proxy.peers import ByRole, Proxies
@@ -106,6 +106,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     documents = DocumentRoutes(directory, identity.trust, clock=clock)
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     metrics.registry.register(LedgerCollector(ledger))
+    explainer.more = lambda: look_at(ledger)
     orders = Orders(fleet, proxies, cordon, identity.trust, clock=clock)
     books = proxies.books = Books(ledger, link_of=fleet.link_of)
     usage = UsageRoutes(

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from mesh import ledger as ledger_module
+from mesh.doctor import Severity
 from mesh.ledger import Ledger, Query
 from mesh.receipts import Receipt, parse_receipt
 from mesh.trust import Role
+from proxy.metering import look_at
 from tests.support.authority import make_mesh
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode
 from tests.support.front import DEADLINE_S, Front, post
@@ -179,3 +181,15 @@ async def test_a_worker_that_cannot_write_receipts_is_passed_over(books: Books, 
             assert (await books.ask(books.body(max_tokens=1))).status == 200
         assert other.stats.finished == 4
     assert books.engine.stats.started == 0
+
+
+async def test_the_doctor_sees_a_ledger_that_cannot_write(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(finding.check, finding.severity) for finding in look_at(books.proxys)] == [("receipts", Severity.OK)]
+    books.proxys.trouble = "OperationalError: database or disk is full"
+    (finding,) = look_at(books.proxys)
+    assert finding.severity == Severity.FAIL
+    assert "disk is full" in finding.detail
+    assert finding.advice
+    books.proxys.trouble = ""
+    monkeypatch.setattr(ledger_module, "MAX_WAITING", 0)
+    assert look_at(books.proxys)[0].severity == Severity.FAIL
