@@ -27,6 +27,7 @@ from mesh.errors import (
     RouteNotFound,
     SlowRequest,
 )
+from mesh.usage import DIMENSIONS
 from proxy.access import Access, access_of
 from proxy.openai import BODIES, MAX_MODEL_CHARS, TASKS
 from proxy.respond import STATUS, status_of
@@ -39,8 +40,20 @@ _LIMITS: dict[str, dict[str, Any]] = {
 }
 _BELOW = {"/v1/models/": ("model",), "/mesh/v1/documents/": ("kind", "name")}
 """What the rest of a path that ends with a slash is made of."""
+_MOMENT = {"type": "integer", "minimum": 0, "maximum": 10**11, "description": "Seconds since 1970."}
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 1 << 62}
 _QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("GET", "/mesh/v1/lookup"): {"model": {"type": "string"}, "role": {"type": "string"}},
+    ("GET", "/v1/usage"): {
+        "since": _MOMENT,
+        "until": _MOMENT,
+        "by": {"type": "string", "description": f"Names separated by commas: {', '.join(DIMENSIONS)}."},
+        "of": {"type": "string", "enum": ["key", "project"]},
+    },
+    ("GET", "/mesh/v1/receipts"): {
+        **dict.fromkeys(("since", "until", "after_at", "after_n", "written"), _COUNT),
+        **{key: {"type": "string"} for key in ("node", "key", "project", "after_id", "prove")},
+    },
     ("GET", "/mesh/v1/documents"): {"kind": {"type": "string"}},
     ("GET", "/mesh/v1/documents/"): {
         "project": {"type": "string"},
