@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import structlog
+
 from mesh.claims import read_bool, read_bytes, read_int, read_maps, read_str
 from mesh.clock import Clock
 from mesh.documents import DIGEST_BYTES, MAX_KIND_CHARS, MAX_NAME_CHARS, MAX_PROJECT_CHARS, Document
@@ -22,6 +24,8 @@ from mesh.errors import MalformedEnvelope, ProtocolError
 from mesh.link.frames import MAX_PAYLOAD_BYTES, Frame
 from mesh.link.link import Link
 from mesh.trust import KEYSET_KIND, Role
+
+log = structlog.get_logger(__name__)
 
 CLOSE = frozenset({"revocations", KEYSET_KIND, "limits"})
 """The kinds that proxies must not be behind with."""
@@ -252,4 +256,7 @@ async def watch_documents(shelf: Shelf, clock: Clock, rng: random.Random) -> Non
             document = others.pop()
             wanted.append((document.kind, document.name, document.project))
         for kind, name, project in wanted:
-            await shelf.get_document(kind, name, project=project)
+            try:
+                await shelf.get_document(kind, name, project=project)
+            except Exception:  # what a peer answered must not end the node
+                log.exception("documents.unread", kind=kind)

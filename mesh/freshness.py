@@ -139,9 +139,12 @@ class Watch:
         saved = float("-inf")
         pause_s = min(CONFIRM_S, self.freshness.stale_s / 4 or CONFIRM_S)
         while True:
-            self._see()
-            document = self._directory.held_document(KIND, NAME)
-            self.settle(anchored=document is not None and await self._directory.confirm_document(document))
+            try:
+                self._see()
+                document = self._directory.held_document(KIND, NAME)
+                self.settle(anchored=document is not None and await self._directory.confirm_document(document))
+            except Exception:  # what a peer sent must not end the proxy; unconfirmed, the list grows stale by itself
+                log.exception("revocations.unconfirmed")
             if self._clock.wall() >= self.freshness.fresh_until:
                 log.error("revocations.stale", confirmed=int(self.freshness.confirmed), seq=self._revoked.newest.seq)
             if self._clock.monotonic() - saved >= _SAVE_S:

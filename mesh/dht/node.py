@@ -32,7 +32,7 @@ from mesh.dht.state import KnownPeer, load_peers, save_peers
 from mesh.dht.storage import Held, RecordStore
 from mesh.dht.tasks import Tasks
 from mesh.dht.verify import Verifier, lifetime_s, peek
-from mesh.errors import TrustError
+from mesh.errors import ConfigError, TrustError
 from mesh.identity import Identity
 from mesh.membership import MembershipCache
 from mesh.records import Record
@@ -194,10 +194,10 @@ class DhtNode:
         known = self.table.get(record.node_id) or self._remembered.get(record.node_id)
         if known is not None or not record.addresses:
             return known
-        host, port = split_host_port(record.addresses[0])
         try:
+            host, port = split_host_port(record.addresses[0])
             return Contact(record.node_id, normalise(str(ipaddress.ip_address(host)), port))
-        except ValueError:
+        except (ConfigError, ValueError):  # a name, or whatever its owner chose to write there
             return None
 
     # looking up and storing

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -92,3 +93,18 @@ def test_a_minute_after_a_partition_has_healed_the_cut_off_proxies_have_the_list
         print(f"seed {seed}: {took:.1f} s after the partition had healed")
 
     simulate(scenario, seed=seed)
+
+
+def test_a_bootstrap_node_that_says_it_is_nowhere_confirms_nothing_and_does_no_harm() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        there = await world(swarm)
+        proxy, stranger = there.front[0], swarm.add(Role.BOOTSTRAP)
+        proxy.running.watch(Role.BOOTSTRAP, lambda record: None, interval_s=60.0)
+        document = await there.revoke(proxy, None)
+        for address in ("nonsense", "boot.example.org:7600", "[::1", "1.2.3.4:99999", ""):
+            record = replace(stranger.record(), addresses=(address,))
+            proxy.running.observe(record)
+            assert proxy.running.node.contact_of(record) is None
+            await proxy.running.confirm_document(document)
+
+    simulate(scenario, seed=75)
