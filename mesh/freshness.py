@@ -149,7 +149,7 @@ class Watch:
                 log.error("revocations.stale", confirmed=int(self.freshness.confirmed), seq=self._revoked.newest.seq)
             if self._clock.monotonic() - saved >= _SAVE_S:
                 saved = self._clock.monotonic()
-                await asyncio.to_thread(self._save)
+                await asyncio.to_thread(self._save, json.dumps(self.freshness.dump()).encode())
             await self._clock.sleep(pause_s * rng.uniform(0.75, 1.0))
 
     async def look_first(self) -> None:
@@ -182,8 +182,8 @@ class Watch:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("revocations.state_unreadable", path=str(self._path), error=str(error))
 
-    def _save(self) -> None:
+    def _save(self, data: bytes) -> None:
         try:
-            write_private(self._path, json.dumps(self.freshness.dump()).encode())
+            write_private(self._path, data)
         except OSError as error:
             log.warning("revocations.state_unsaved", error=str(error))
