@@ -10,8 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from bench import infermesh, native, peers, processes
 from bench.frontdoor import handshake, measure, report
-from bench.frontdoor.target import MESHES, Target, running, running_peer
+from bench.frontdoor.target import MESHES, Target, engine, running, running_peer
 
 HERE = Path(__file__).resolve().parent
 FRONTS = ("direct", *MESHES, *peers.PEERS)
@@ -31,21 +30,6 @@ PROBES = 4
 
 Json = dict[str, Any]
 console = Console(stderr=True)
-
-
-@contextmanager
-def engine(cores: Sequence[int], spread: bool) -> Iterator[tuple[int, int]]:
-    """The stand-in, as (pid, port)."""
-    binary = native.build(HERE / "engine.c")
-    wanted = set(cores)
-    argv = [str(binary), "--rate", str(measure.TOKENS_PER_S), *(["--spread"] if spread else [])]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, wanted))
-    try:
-        assert process.stdout is not None
-        yield process.pid, int(process.stdout.readline().split()[1])
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def measure_front(lab: measure.Lab, target: Target, counts: Sequence[int], search: bool) -> Json:

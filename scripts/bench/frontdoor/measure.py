@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench import processes
-from bench.frontdoor.target import Target
+from bench.frontdoor.target import TOKENS_PER_S, Target
 
 GAP_LIMIT_MS = 30.0
-TOKENS_PER_S = 50
 DELIVERED_AT_LEAST = 0.98
 FOREIGN_LIMIT = 0.05
 TRIALS = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import tempfile
@@ -14,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import infermesh, peers, processes
+from bench import infermesh, native, peers, processes
 
 READY_TIMEOUT_S = 120
-MESHES = {"infermesh": None, "infermesh-proxy": Path(__file__).resolve().parent / "token_worker.py"}
+HERE = Path(__file__).resolve().parent
+TOKENS_PER_S = 50
+MESHES = {"infermesh": None, "infermesh-proxy": HERE / "token_worker.py"}
 """Ours, as it is and with a worker stand-in that makes the tokens itself."""
 
 
@@ -38,6 +41,21 @@ class Target:
 
     def worker_pids(self) -> list[int]:
         return [pid for root in self.worker_roots for pid in processes.tree(root)]
+
+
+@contextmanager
+def engine(cores: Sequence[int], spread: bool = False) -> Iterator[tuple[int, int]]:
+    """The stand-in, as (pid, port)."""
+    binary = native.build(HERE / "engine.c")
+    wanted = set(cores)
+    argv = [str(binary), "--rate", str(TOKENS_PER_S), *(["--spread"] if spread else [])]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, wanted))
+    try:
+        assert process.stdout is not None
+        yield process.pid, int(process.stdout.readline().split()[1])
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def answers(target: Target) -> bool:

@@ -1,0 +1,1 @@
+"""What a proxy's memory is for."""

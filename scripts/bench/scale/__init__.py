@@ -1,0 +1,1 @@
+"""What `mesh-proxy --processes N` brings."""
