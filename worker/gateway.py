@@ -477,6 +477,9 @@ class _Head:
             self._stream.send_head(self._fields)
 
 
+_LOWEST = max(Priority)
+
+
 class _Request:
     """The fields of an OPEN frame, checked. Raises `ProtocolError`."""
 
@@ -507,7 +510,7 @@ class _Request:
             self.key = read_bytes(head, "key", size=8) if "key" in head else b""
             self.attempt = read_int(head, "try", default=1, low=1, high=1000)
             self.at = read_int(head, "at", default=0)
-            self.priority = Priority(read_int(head, "pri", default=0, high=max(Priority)))
+            self.priority = Priority(read_int(head, "pri", default=0, high=_LOWEST))
             self.prompt = _prompt(head) if "pfx" in head else None
             self.moves = "trail" in head
             self.trail_size = read_int(head, "trail", default=0, high=MAX_TRAIL_BYTES)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from worker.engine.client import EngineAnswer, EngineClient
 
@@ -34,11 +43,12 @@ class Server:
         self.ended = 0
         self.requests: list[tuple[int, bytes, bytes]] = []
         self.changed = asyncio.Event()
+        self.tls: ssl.SSLContext | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Server:
-        self._server = await asyncio.start_server(self._take, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1/chat/completions"
+        self._server = await asyncio.start_server(self._take, "127.0.0.1", 0, ssl=self.tls)
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1/chat/completions"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -297,6 +307,37 @@ async def test_header_with_a_line_break_is_never_sent() -> None:
             with pytest.raises(ValueError, match="line break"):
                 await ask(client, server, X_Key=value)
         assert server.connections == 0
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1 and its key."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "engine")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return folder / "cert.pem", folder / "key.pem"
+
+
+async def test_engine_behind_tls_is_asked_if_its_certificate_holds_and_not_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = self_signed(tmp_path)
+    server = Server(answers)
+    server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.tls.load_cert_chain(cert, key)
+    async with server:
+        async with EngineClient(idle_s=5) as client:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await ask(client, server)
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+        async with EngineClient(idle_s=5) as client:
+            assert await ask(client, server) == b"{}"
+            assert await ask(client, server) == b"{}"
+    assert len(server.requests) == 2
 
 
 async def test_nobody_there_is_an_error_of_the_connection() -> None:

@@ -245,6 +245,21 @@ async def test_stream_is_passed_in_whole_events_and_its_head_goes_with_the_first
     assert json.loads(at.session.asked[0][1]["data"])["stream_options"] == {"include_usage": True}
 
 
+async def test_all_tokens_of_an_engine_step_leave_in_one_write(stage: Open) -> None:
+    steps, streams = 30, 20
+    at = stage(Reply([*[EVENT] * steps, DONE], content_type=STREAM), limit=streams)
+    body = json.dumps(CHAT | {"stream": True}).encode()
+    head = {"id": "req_1", "task": "chat", "model": "m", "size": len(body), "project": "p", "key": bytes(8)}
+    before = at.pair.bob_end.writes
+    sinks = [at.pair.open(head) for _ in range(streams)]
+    for sink in sinks:
+        assert sink.stream.send_whole(body)
+    while not all(sink.trailer for sink in sinks):
+        await at.pair.settle()
+    assert [bytes(sink.data) for sink in sinks] == [EVENT * steps + DONE] * streams
+    assert at.pair.bob_end.writes - before <= steps + 5, "of 20 streams, each token in a frame of its own"
+
+
 async def test_usage_is_shown_to_who_asked(stage: Open) -> None:
     usage = b'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}\n\n'
     at = stage(Reply([EVENT + usage + DONE], content_type=STREAM))
