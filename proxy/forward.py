@@ -19,6 +19,8 @@ QUIET_STREAM_S = 10.0
 """So long a stream that could go on elsewhere waits for an engine that stands still."""
 SLOW_CLIENT_S = 60.0
 """A client that takes not a byte for so long, with an answer waiting for it, is given up."""
+MOST_TOKENS = 10**9
+"""A worker that claims to have counted more is not believed."""
 
 
 class Attempt:
@@ -269,9 +271,9 @@ def cached_of(trailer: Mapping[str, Any]) -> int:
 
 def usage_of(trailer: Mapping[str, Any]) -> tuple[int, int]:
     """Prompt and completion tokens of the whole answer from the last trailer; zeros where a worker sent nonsense."""
-    try:
-        prompt, completion = read_int(trailer, "in", default=0, high=10**9), read_int(trailer, "out", default=0, high=10**9)
-        resumed = read_int(trailer, "base", default=0, high=prompt)
-        return prompt - resumed, completion + resumed
-    except MalformedEnvelope:
+    prompt, completion, resumed = trailer.get("in", 0), trailer.get("out", 0), trailer.get("base", 0)
+    if not type(prompt) is type(completion) is type(resumed) is int:
         return 0, 0
+    if not (0 <= resumed <= prompt <= MOST_TOKENS and 0 <= completion <= MOST_TOKENS):
+        return 0, 0
+    return prompt - resumed, completion + resumed

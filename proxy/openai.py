@@ -6,6 +6,7 @@ msgspec, which skips over the fields that are not asked for, so twenty megabytes
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, NamedTuple
@@ -197,9 +198,16 @@ def _are_plain(body: bytes | bytearray) -> bool:
     if len(body) > SHORT_BYTES or b"\\u" in body:
         return False
     for name in _decode_outline(body):
-        if not (name.isidentifier() and name.islower() and name.isascii()) or body.count(b'"%b"' % name.encode()) > 1:
+        quoted = _quoted(name)
+        if quoted is None or body.count(quoted) > 1:
             return False
     return True
+
+
+@functools.lru_cache(maxsize=256)
+def _quoted(name: str) -> bytes | None:
+    """How a plain name stands in a body; None of one that has other spellings."""
+    return b'"%b"' % name.encode() if name.isidentifier() and name.islower() and name.isascii() else None
 
 
 def _twice(names: list[str]) -> InvalidRequest:
