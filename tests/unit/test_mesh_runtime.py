@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ def config(tmp_path: Path) -> Config:
 @pytest.fixture(autouse=True)
 def _quick_close(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(runtime, "CLOSING_S", 0.05)
+    interval_s = sys.getswitchinterval()
     yield
+    sys.setswitchinterval(interval_s)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,6 +45,13 @@ def test_result_of_main_is_the_exit_code(config: Config) -> None:
         return 7
 
     assert runtime.run(main, config) == 7
+
+
+def test_thread_that_computes_does_not_keep_the_loop_waiting_for_long(config: Config) -> None:
+    async def main(_stop: asyncio.Event) -> int:
+        return 0 if sys.getswitchinterval() <= 0.001 else 1
+
+    assert runtime.run(main, config) == 0
 
 
 def test_sigterm_sets_stop_and_the_node_finishes(config: Config) -> None:
