@@ -728,7 +728,7 @@ class Engines:
 
 def events(said: bytes) -> list[bytes]:
     """As a client counts them."""
-    return [event for event in said.replace(b"\r\n", b"\n").split(b"\n\n") if event.strip(b"\n")]
+    return [event.strip(b"\n") for event in said.replace(b"\r\n", b"\n").split(b"\n\n") if event.strip(b"\n")]
 
 
 # -- what clients say
