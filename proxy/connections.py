@@ -9,6 +9,9 @@ connections keeps nobody out.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import termios
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
@@ -62,6 +65,15 @@ class Connection(RequestHandler):
     def is_idle(self) -> bool:
         """Whether no whole request has come that is not answered."""
         return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether bytes have arrived that this process has yet to read."""
+        if self.transport is None or self.transport.is_closing():
+            return False
+        count = array("i", [0])
+        fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, count)
+        return count[0] > 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -166,10 +178,10 @@ class Connections:
         self._heads.pop(connection, None)
 
     def close_idle(self) -> None:
-        """Close those on which nothing is being asked."""
+        """Close those on which nothing is being asked, nor has just been: bytes that wait in the kernel are a request to be answered."""
         for connection in list(self._open):
-            if connection.is_idle:
-                connection.close()
+            if connection.is_idle and not connection.has_unread:
+                connection.force_close()  # `close` would end the reader and leave the connection open
 
     def _evict(self) -> bool:
         for connection in list(_first(self._open, TRIES)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -115,6 +116,18 @@ async def test_idle_connection_is_closed_without_a_word(make: Make, requests: in
         assert (await wire.answer()).status == 200
     assert await wire.end() == b""
     assert len(front.server.connections) == 0
+
+
+async def test_goodbye_to_idle_connections_spares_the_one_that_has_just_been_asked(make: Make) -> None:
+    front = await make()
+    wire, idle = await front.connect(), await front.connect()
+    for each in (wire, idle):
+        await each.send(HEALTH)
+        assert (await each.answer()).status == 200
+    os.write(wire.writer.get_extra_info("socket").fileno(), HEALTH)  # in the kernel, and this loop has had no turn to read it
+    front.server.connections.close_idle()
+    assert (await wire.answer()).status == 200
+    assert await idle.end() == b""
 
 
 async def test_body_that_drips_is_given_up(make: Make) -> None:
