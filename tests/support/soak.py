@@ -442,9 +442,10 @@ class Soak:
             async for piece in response.content.iter_chunked(200):
                 rest += piece
                 await asyncio.sleep(rng.uniform(0, 0.02))
-                while b"\n\n" in rest:
-                    event, rest = rest.split(b"\n\n", 1)
-                    self._take_event(got, event.strip().removeprefix(b"data: "))
+                *events, rest = rest.replace(b"\r\n", b"\n").split(b"\n\n")
+                for event in events:
+                    lines = [line for line in event.split(b"\n") if line.startswith(b"data:")]  # an engine may put comments between
+                    self._take_event(got, b"\n".join(line[5:].strip() for line in lines))
 
     def _take_event(self, got: Got, data: bytes) -> None:
         if data == b"[DONE]":
