@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mesh.errors import EngineUnavailable, ProtocolError
-from mesh.link.allowance import LATE_BYTES, PER_S, Allowance
+from mesh.link.allowance import BURST, LATE_BYTES, PER_S, Allowance
 from mesh.link.frames import MAX_PAYLOAD_BYTES, Frame, encode_control, encode_credit, encode_frame
 from mesh.link.link import MAX_INCOMING_STREAMS, WINDOW_BYTES, IncomingStream
 from tests.support.clocks import StoppedClock
@@ -49,7 +49,7 @@ FLOODS: dict[str, Callable[[int], bytes]] = {
 @pytest.mark.parametrize("name", FLOODS)
 async def test_flood_of_frames_that_cost_the_sender_nothing_ends_its_link(name: str) -> None:
     victim, other = await attacked(clock=StoppedClock()), await linked()
-    for start in range(0, 60_000, 500):
+    for start in range(0, int(BURST) + 1_000, 500):
         await victim.send(b"".join(FLOODS[name](number) for number in range(start, start + 500)))
         if victim.link.closed:
             break
@@ -62,7 +62,7 @@ async def test_flood_of_frames_that_cost_the_sender_nothing_ends_its_link(name: 
 async def test_flood_on_an_answer_ends_the_link(kind: Frame) -> None:
     victim = await attacked(dialled=True, clock=StoppedClock())
     await answering(victim)
-    for _ in range(100):
+    for _ in range(int(BURST) // 600 + 2):
         await victim.send(encode_control(kind, 1, {}) * 600)
     assert victim.link.closed
 
