@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import sys
@@ -128,7 +129,7 @@ def rotate(key: str, overlap: float, ttl: float | None, url: str | None, home: P
     successor = replace(claims, id=os.urandom(8), not_before=now, expires=now + lifetime_s)
     remark = str(entry.get("note") or "")
     text = issue(authority, successor, now=now, remark=remark, kid=claims.kid if _is_here(authority, claims.kid) else None)
-    begin = now + overlap
+    begin = float(math.ceil(now + overlap))  # the list counts whole seconds, and the old key is promised all of them
 
     def change(revoked: Revocations) -> Revocations:
         return revoked.with_key(key_id, end=end, begin=begin if overlap else 0.0)

@@ -13,15 +13,17 @@ from typing import Any, cast
 
 from mesh.apikey import ApiKey, mint
 from mesh.authority import KEYS_KID
+from mesh.books import Books
 from mesh.clock import SystemClock
+from mesh.cordon import Cordon
 from mesh.directory import Directory
-from mesh.identity import Peer
-from mesh.ledger import Ledger
+from mesh.identity import Identity, Peer
+from mesh.ledger import LEDGER_FILE, Ledger, signer
 from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.records import Capability, ModelEntry, Record, State
 from mesh.trust import Role
-from proxy.app import App
+from proxy.app import App, Routes
 from proxy.config import ProxyConfig
 from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
@@ -30,8 +32,10 @@ from proxy.gate import Gate
 from proxy.limits.limiter import Limiter
 from proxy.metering import Meter
 from proxy.metrics import Metrics
+from proxy.orders import Orders
 from proxy.peers import Proxies
 from proxy.server import HttpServer
+from proxy.usage import UsageRoutes
 from proxy.views import Views
 from tests.support.answers import Answer, read_answer
 from tests.support.authority import TestMesh
@@ -170,13 +174,30 @@ class Front:
             metrics=self.metrics,
             limits=self.limits,
             rng=random.Random(1),
-            routes=DocumentRoutes(self.shelf, self.shelf.trust, clock=self.clock).routes(),
+            routes=self._routes(folder, identity, directory, ledger),
             meter=Meter(ledger),
         )
         self.server = HttpServer(self.app, self.config)
         self.port = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._workers = 0
+
+    def _routes(self, folder: Path, identity: Identity, directory: Directory, ledger: Ledger | None) -> Routes:
+        """All that `proxy.node` gives a proxy beside the application's own."""
+        trust, proxies = self.shelf.trust, Proxies(on_record=lambda record: None)
+        cordon = Cordon(identity, folder, clock=self.clock, on_change=lambda: None)
+        usage = UsageRoutes(
+            Books(ledger or Ledger(folder / LEDGER_FILE, sign=signer(identity, self.clock), clock=self.clock, keep_s=3600.0)),
+            Gate(self.mesh.trust(), clock=self.clock),
+            own=identity.node_id,
+            workers=dict,
+            proxies=dict,
+            known=lambda: directory.known(Role.WORKER),
+            prices=lambda: None,
+            clock=self.clock,
+        )
+        orders = Orders(self.fleet, proxies, cordon, trust, clock=self.clock)
+        return {**DocumentRoutes(self.shelf, trust, clock=self.clock).routes(), **orders.routes(), **usage.routes()}
 
     async def __aenter__(self) -> Front:
         self.port = await self.server.start()
