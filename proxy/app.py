@@ -306,7 +306,7 @@ class App:
         if timeout_s := timeout_of(request.headers.get("x-request-timeout"), self._config.deadline_s):
             plan.deadline = now + timeout_s
         passage = plan.passage = self._moves.passage(call, request_id)
-        failed = refused = 0
+        refused = 0
         last: MeshError | None = None
         while True:
             choice = self._router.choose(plan, request_id)
@@ -322,7 +322,6 @@ class App:
                     continue
                 plan.avoid |= {worker.node_id}
                 if counts_against_worker(error):
-                    failed += 1
                     worker.failed += 1
                     plan.failures.append((worker, error.code))
                 if downstream.started:
@@ -334,7 +333,7 @@ class App:
                     last = error
                     continue
                 refused += isinstance(error, Overloaded)
-                if not self._may_retry(error, failed=failed, refused=refused):
+                if not self._may_retry(error, failed=len(plan.failures), refused=refused):
                     self._fleet.blame(plan.failures, answered=False)
                     raise
                 log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)

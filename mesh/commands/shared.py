@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from mesh.options import plain_errors
 from mesh.settings import DEFAULT_HOME, parse_duration_s
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 PIPED_COLUMNS = 240
 
@@ -80,6 +83,15 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]], *, tit
 def note(text: str) -> None:
     """Something for the person, not for the pipe."""
     click.echo(text, err=True)
+
+
+def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run what asks the mesh. Ctrl-C ends the command with 130, as shells expect."""
+    try:
+        return asyncio.run(main())
+    except KeyboardInterrupt:
+        note("")
+        sys.exit(130)
 
 
 def ago(moment: float, now: float) -> str:

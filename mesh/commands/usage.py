@@ -11,11 +11,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlencode
 
 import click
@@ -25,7 +25,8 @@ from mesh.apikey import KeyRole, read_key
 from mesh.authority import open_mesh
 from mesh.client import Client, ClientSettings, resolve
 from mesh.commands.documents import change_document, operator_settings
-from mesh.commands.shared import Duration, F, MeshCommand, home_option, json_option, note, print_json, print_table
+from mesh.commands.shared import Duration, F, MeshCommand, home_option, json_option, note, print_json, print_table, run
+from mesh.commands.user import get
 from mesh.documents import Document
 from mesh.errors import ApiError, TrustError, UsageError
 from mesh.exports import Priced, moment, write_cloud_events, write_csv, write_parquet
@@ -36,8 +37,6 @@ from mesh.prices import PriceList, due, parse_amount, parse_prices, show_cost, s
 from mesh.receipts import parse_proof, parse_receipt, verify_proof
 from mesh.trust import Role
 from mesh.usage import DIMENSIONS, Copy, Fetch, Summary, Survey, Totals
-
-T = TypeVar("T")
 
 RECEIPTS_PATH = "/mesh/v1/receipts"
 FOLLOW_S = 1.0
@@ -138,7 +137,7 @@ def _usage(by: str, since: float | None, until: float | None, project: str | Non
         if project is not None:
             raise UsageError("--project takes a key with the role viewer; this key sees its own usage")
         query = urlencode({"since": int(begin), "until": math.ceil(end), "by": ",".join(names)})
-        answer = _run(partial(_get, settings, f"/v1/usage?{query}"))
+        answer = get(settings, f"/v1/usage?{query}")
         rows, total = answer.get("data", []), answer.get("total", {})
         complete, lost, currency = bool(answer.get("complete")), answer.get("lost", []), answer.get("currency")
     else:
@@ -152,7 +151,7 @@ def _usage(by: str, since: float | None, until: float | None, project: str | Non
                     summary.add(charge)
                 return summary, survey, prices
 
-        summary, survey, prices = _run(add_up)
+        summary, survey, prices = run(add_up)
         rows, total, complete = summary.describe(), summary.total.describe(), survey.complete
         lost, currency = _lost(survey), prices.currency if prices is not None else None
     if as_json:
@@ -216,7 +215,7 @@ def export(
             ]
             return found, survey
 
-    charges, survey = _run(gather)
+    charges, survey = run(gather)
     if shape == "parquet":
         assert output is not None
         count = write_parquet(charges, output)
@@ -262,7 +261,7 @@ def prove(
             return found
 
     listed = []
-    for node, packed in _run(gather):
+    for node, packed in run(gather):
         proof = parse_proof(packed)
         receipt, verdict = parse_receipt(proof.receipt), "not checked: no mesh in this --home"
         if authority is not None:
@@ -311,7 +310,7 @@ def bill(month: str | None, project: str | None, url: str | None, api_key: str |
                     summary.add(charge)
             return summary, survey, prices
 
-    summary, survey, prices = _run(add_up)
+    summary, survey, prices = run(add_up)
     told = statements(summary, prices.currency)
     if as_json:
         period = {"from": moment(int(begin * 1000)), "to": moment(int(end * 1000))}
@@ -421,7 +420,7 @@ def set_prices(
             document, _ = await change_document(client, authority, price_lists.KIND, price_lists.NAME, change)
             return document
 
-    document = _run(put)
+    document = run(put)
     if as_json:
         print_json({"seq": document.seq, "model": model, "from": start})
     else:
@@ -438,7 +437,7 @@ def get_prices(url: str | None, api_key: str | None, whole_mesh: bool, home: Pat
         async with asking(_settings(home, url, api_key, whole_mesh)) as mesh:
             return await mesh.prices()
 
-    found = _run(read)
+    found = run(read)
     if as_json:
         periods = [] if found is None else [_describe(period) for period in found.periods]
         print_json({"currency": found.currency if found is not None else None, "periods": periods})
@@ -516,7 +515,7 @@ def logs(
             if follow:
                 await _follow(mesh, written, project, test, {order for order, _ in found}, as_json)
 
-    _run(show)
+    run(show)
 
 
 async def _follow(
@@ -638,11 +637,6 @@ async def asking(settings: ClientSettings) -> AsyncIterator[Asked]:
         yield Asked(client)
 
 
-async def _get(settings: ClientSettings, path: str) -> dict[str, Any]:
-    async with Client(settings) as client:
-        return await client.get(path)
-
-
 def _settings(home: Path, url: str | None, api_key: str | None, whole_mesh: bool) -> ClientSettings:
     if whole_mesh:
         return operator_settings(open_mesh(home / "mesh"), home, url=url, api_key=api_key)
@@ -683,11 +677,3 @@ def _lost(survey: Survey) -> list[dict[str, str]]:
     if survey.lost and not survey.answered:
         raise ApiError(f"no node could be asked: {next(iter(survey.lost.values()))}")
     return [{"node": node.hex(), "reason": reason} for node, reason in sorted(survey.lost.items())]
-
-
-def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    try:
-        return asyncio.run(main())
-    except KeyboardInterrupt:
-        note("")
-        sys.exit(130)

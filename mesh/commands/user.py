@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from mesh.client import Client, ClientSettings, parse_url, resolve, store
-from mesh.commands.shared import F, MeshCommand, home_option, json_option, note, print_json, print_table
+from mesh.commands.shared import F, MeshCommand, home_option, json_option, note, print_json, print_table, run
 from mesh.errors import ApiError, UsageError
-
-T = TypeVar("T")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -87,11 +83,11 @@ def chat(
         if not text:
             raise UsageError("nothing to ask: give a PROMPT, or write it to standard input")
 
-    body["model"] = _run(lambda: _choose_model(settings, model))
+    body["model"] = run(lambda: _choose_model(settings, model))
 
     def turn(question: str) -> str:
         messages.append({"role": "user", "content": question})
-        return _run(lambda: _turn(settings, body | {"messages": messages}, streaming, as_json))
+        return run(lambda: _turn(settings, body | {"messages": messages}, streaming, as_json))
 
     if not talking:
         turn(text)
@@ -274,15 +270,7 @@ def get(settings: ClientSettings, path: str) -> dict[str, Any]:
         async with Client(settings) as client:
             return await client.get(path)
 
-    return _run(call)
-
-
-def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    try:
-        return asyncio.run(main())
-    except KeyboardInterrupt:
-        note("")
-        sys.exit(130)
+    return run(call)
 
 
 def _ask() -> str:
