@@ -6,43 +6,36 @@ import asyncio
 import json
 import os
 import random
-import shlex
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
 
 from tests.support.processes import gone, processes_of
+from tests.support.vllm import ENVIRON, MARKS, MODEL, NAME, vllm_arguments, vllm_command
 from worker.engine import EngineKind, EngineSpec, Stage, Supervisor, Task, Timing, make_engine
 
-PYTHON, MODEL = os.environ.get("INFERMESH_VLLM_PYTHON"), os.environ.get("INFERMESH_VLLM_MODEL")
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [
-    pytest.mark.real_vllm,
-    pytest.mark.skipif(not (PYTHON and MODEL), reason="real vLLM is not prepared: scripts/real-vllm --export"),
-    pytest.mark.timeout(400),
-]
+pytestmark = MARKS
 
 
 def vllm_spec(cache_dir: Path) -> EngineSpec:
-    assert PYTHON
     return EngineSpec(
         kind=EngineKind.VLLM,
         source=MODEL,
-        served_name="smollm2",
+        served_name=NAME,
         cache_dir=cache_dir,
-        vllm_command=shlex.join([PYTHON, "-m", "vllm.entrypoints.openai.api_server"]),
-        args=("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "1024"),
-        env={"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        vllm_command=vllm_command(),
+        args=vllm_arguments("bfloat16"),
+        env=ENVIRON,
     )
 
 
 async def chat(supervisor: Supervisor, client: aiohttp.ClientSession, **options: Any) -> aiohttp.ClientResponse:
-    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Say hi"}], "temperature": 0, **options}
+    body = {"model": NAME, "messages": [{"role": "user", "content": "Say hi"}], "temperature": 0, **options}
     return await client.post(f"{supervisor.base_url}/v1/chat/completions", json=body)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import threading
 import time
@@ -15,28 +14,16 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support.local_up import LocalUp, mesh_up
+from tests.support.local_up import LocalUp
 from tests.support.processes import descendants, listening_ports
+from tests.support.vllm import CONTEXT_TOKENS, MARKS, NAME, vllm_mesh
 
-PYTHON, MODEL = os.environ.get("INFERMESH_VLLM_PYTHON"), os.environ.get("INFERMESH_VLLM_MODEL")
-NAME = "smollm2"
-
-pytestmark = [
-    pytest.mark.real_vllm,
-    pytest.mark.skipif(not (PYTHON and MODEL), reason="real vLLM is not prepared: scripts/real-vllm --export"),
-    pytest.mark.timeout(600),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalUp]:
-    assert PYTHON
-    assert MODEL
-    command = shlex.join([PYTHON, "-m", "vllm.entrypoints.openai.api_server"])
-    arguments = ["--workers", "2", "--engine", "vllm", "--vllm-command", command, "--model", MODEL, "--served-name", NAME]
-    arguments += ["--", "--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "1024"]
-    environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with mesh_up(tmp_path_factory.mktemp("home"), *arguments, timeout_s=550, **environ) as started:
+    with vllm_mesh(tmp_path_factory.mktemp("home"), dtype="bfloat16") as started:
         yield started
 
 
@@ -127,7 +114,7 @@ def test_both_engines_get_work(up: LocalUp, engines: list[Vllm]) -> None:
 def test_mistake_that_only_vllm_can_see_is_a_400_with_its_own_words(up: LocalUp) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         ask(up.client(), "word " * 3000, max_tokens=10)
-    assert "1024" in caught.value.message
+    assert str(CONTEXT_TOKENS) in caught.value.message
 
 
 def test_kill_of_one_worker_loses_no_stream(up: LocalUp, engines: list[Vllm]) -> None:
