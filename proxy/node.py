@@ -29,6 +29,7 @@ from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
+from proxy.inference import Inference
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import Limiter
 from proxy.limits.metrics import LimitsCollector
@@ -75,7 +76,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         )
 
     def on_cordon() -> None:
-        app.draining = bool(cordon.why) or state == State.DRAINING
+        inference.draining = bool(cordon.why) or state == State.DRAINING
         node.changed()
 
     cordon = Cordon(identity, config.state_dir, clock=clock, on_change=on_cordon)
@@ -120,18 +121,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         clock=clock,
     )
     routes = {**documents.routes(), **orders.routes(), **usage.routes()}
-    app = App(
-        config,
-        gate=gate,
-        fleet=fleet,
-        views=views,
-        explainer=explainer,
-        metrics=metrics,
-        limits=limits,
-        rng=rng,
-        routes=routes,
-        meter=Meter(ledger),
-    )
+    inference = Inference(config, gate=gate, fleet=fleet, views=views, metrics=metrics, limits=limits, rng=rng, meter=Meter(ledger))
+    app = App(inference, gate=gate, views=views, explainer=explainer, metrics=metrics, rng=rng, routes=routes)
     server = HttpServer(app, config)
     metrics.watch(server.connections)
     ledger.start()
@@ -145,8 +136,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         port = await server.start()
         api = _base_url(config, port)
         state = State.READY
-        app.draining = bool(cordon.why)
-        app.new_until = asyncio.get_running_loop().time() + NEW_S
+        inference.draining = bool(cordon.why)
+        inference.new_until = asyncio.get_running_loop().time() + NEW_S
         node.start()
         directory.watch(Role.BOOTSTRAP, _nothing, interval_s=WATCH_S)
         announce(config, node_id=identity.node_id, addresses=node.addresses, api=api)
@@ -154,7 +145,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         async with asyncio.TaskGroup() as tasks:
             background = (
                 tasks.create_task(keep_renewed(identity, store, bootstraps, clock, rng)),
-                tasks.create_task(app.sweep()),
+                tasks.create_task(inference.sweep()),
                 tasks.create_task(cordon.watch_certificate()),
                 tasks.create_task(keep_keyset(identity, store)),
                 tasks.create_task(watch_documents(directory, clock, rng)),
@@ -165,13 +156,13 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
             )
             await stop.wait()
             state = State.DRAINING
-            app.draining = True
+            inference.draining = True
             node.changed()
             limits.leave()
             await asyncio.sleep(LEAVE_S)
             await server.close_listener()
             await server.leave(min(POLITE_S, config.drain_s / 2))
-            await app.drained()  # `mesh.runtime` bounds it with the drain deadline
+            await inference.drained()  # `mesh.runtime` bounds it with the drain deadline
             limits.finish()
             for task in background:
                 task.cancel()

@@ -540,8 +540,8 @@ async def test_half_a_request_and_a_closed_connection_leave_nothing_behind(front
         await wire.send(request[:at])
         wire.close()
     assert (await ask(front)).status == 200
-    await front.app.drained()
-    assert front.app.in_flight == 0
+    await front.inference.drained()
+    assert front.inference.in_flight == 0
 
 
 # -- workers that fail
@@ -759,7 +759,7 @@ async def test_client_that_goes_away_cancels_the_work(front: Front, serve: Any) 
         await wire.until(EVENT)
     wire.close()
     await worker.until(lambda: worker.cancelled == 1)
-    await front.app.drained()
+    await front.inference.drained()
     assert front.fleet.workers[worker.record.node_id].in_flight == 0
     assert worker.proxy_link.streams == 0
 
@@ -785,7 +785,7 @@ async def test_client_that_does_not_read_stalls_only_its_own_stream(front: Front
     for _ in range(10):
         assert (await ask(front, body=chat(stream=True))).complete
     assert sent < 8_000_000
-    assert front.app.in_flight == 1
+    assert front.inference.in_flight == 1
     wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
     while not wire.got.endswith(b"0\r\n\r\n"):
         await wire.more()
@@ -813,7 +813,7 @@ async def test_body_of_twenty_megabytes_goes_between_the_tokens_of_other_streams
             before = len(wire.got)
             await wire.more()
             if len(wire.got) > before:
-                steps.append((front.app.bodies.held_bytes, time.thread_time()))
+                steps.append((front.inference.bodies.held_bytes, time.thread_time()))
 
     passed: list[int] = []
     await front.worker(ticking, models=(ModelEntry(name="t"),))
@@ -853,7 +853,7 @@ async def test_clients_that_leave_while_their_answers_end_harm_nobody(front: Fro
     for wire in wires[1::2]:
         assert (await wire.answer()).complete
     assert not worker.proxy_link.closed
-    await front.app.drained()
+    await front.inference.drained()
 
 
 # -- looking
@@ -875,7 +875,7 @@ async def test_readiness_follows_the_workers_and_the_draining(front: Front) -> N
     assert (await get(front, "/readyz")).status == 503
     await front.worker(whole)
     assert (await get(front, "/readyz")).json() == {"status": "ready", "models": 1}
-    front.app.draining = True
+    front.inference.draining = True
     answer = await get(front, "/readyz")
     assert (answer.status, answer.json()["status"], answer.headers["connection"]) == (503, "draining", "close")
     answer = await ask(front)
@@ -1106,15 +1106,15 @@ async def test_plain_http_to_a_tls_port_is_not_answered(make: Make, tmp_path: Pa
 
 
 async def test_new_proxy_lets_requests_wait_for_the_workers_it_has_yet_to_meet(front: Front) -> None:
-    front.app.new_until = asyncio.get_running_loop().time() + 60
+    front.inference.new_until = asyncio.get_running_loop().time() + 60
     asking = asyncio.create_task(ask(front))
     async with asyncio.timeout(10):
-        while not front.app.in_flight:
+        while not front.inference.in_flight:
             await asyncio.sleep(0.01)
     assert not asking.done()
     await front.worker(whole)
     assert (await asking).status == 200
-    front.app.new_until = asyncio.get_running_loop().time() + 0.1
+    front.inference.new_until = asyncio.get_running_loop().time() + 0.1
     assert_openai_error(await ask(front, body=chat(model="other")), 404, "model_not_found", param="model")
 
 
@@ -1173,7 +1173,7 @@ async def test_requests_of_a_worker_whose_engine_stands_still_run_elsewhere(fron
     asking = [asyncio.create_task(ask(front)) for _ in range(5)]
     await stuck.until(lambda: len(stuck.heads) == 5)
     saviour = await front.worker(whole, name="saviour")
-    for attempt in front.app._attempts:
+    for attempt in front.inference.attempts:
         attempt.may_move = True  # as if there had been a choice
     stuck.link.send_control(Frame.LOAD, {"run": 5, "wait": 0, "yours": 5, "stuck": True})
     answers = await asyncio.gather(*asking)

@@ -143,7 +143,7 @@ async def test_body_that_drips_is_given_up(make: Make) -> None:
     dripping = asyncio.create_task(drip())
     assert_openai_error(await wire.answer(), 408, "request_timeout")
     dripping.cancel()
-    assert front.app.bodies.held_bytes == 0
+    assert front.inference.bodies.held_bytes == 0
 
 
 async def test_client_that_reads_none_of_its_answers_is_cut_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ async def test_bodies_together_have_a_limit_and_give_their_room_back(make: Make)
     for wire in wires:
         await wire.send(post(CHAT, b"{" + b" " * 220_000, key, content_length="290000"))
     async with asyncio.timeout(20):
-        while front.app.bodies.held_bytes < 440_000:
+        while front.inference.bodies.held_bytes < 440_000:
             await asyncio.sleep(0.01)
     late = await front.connect()
     await late.send(post(CHAT, b" " * 200_000, key, content_length="210000"))
@@ -205,12 +205,12 @@ async def test_bodies_together_have_a_limit_and_give_their_room_back(make: Make)
     for wire in wires:
         wire.close()
     async with asyncio.timeout(20):
-        while front.app.bodies.held_bytes:
+        while front.inference.bodies.held_bytes:
             await asyncio.sleep(0.01)
     wire = await front.connect()
     await wire.send(post(CHAT, BODY + b" " * 250_000, key))
     assert (await wire.answer()).status == 200
-    assert front.app.bodies.held_bytes == 0
+    assert front.inference.bodies.held_bytes == 0
 
 
 # -- number
@@ -253,7 +253,7 @@ async def test_full_of_busy_connections_a_newcomer_is_told(make: Make) -> None:
     for wire in busy:
         await wire.send(post(CHAT, b"{", front.key(), content_length="100"))
     async with asyncio.timeout(20):
-        while front.app.in_flight < 2:
+        while front.inference.in_flight < 2:
             await asyncio.sleep(0.01)
     wire = await front.connect()
     assert_openai_error(await wire.answer(), 503, "no_room")
@@ -345,7 +345,7 @@ async def test_hostile_body_is_a_clear_400_and_reaches_no_worker(make: Make, nam
     message = assert_openai_error(await wire.answer(), 400, "invalid_request", param=param)
     assert len(message) < 400
     assert heads == []
-    assert front.app.bodies.held_bytes == 0
+    assert front.inference.bodies.held_bytes == 0
     wire.close()
 
 

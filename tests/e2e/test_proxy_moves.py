@@ -359,5 +359,5 @@ async def test_client_that_leaves_while_its_stream_moves_leaves_nothing_behind(s
     await one.until(lambda stats: stats.failed == 1)
     wire.close()
     async with asyncio.timeout(10):
-        await stage.front.app.drained()
+        await stage.front.inference.drained()
     assert one.stats.running == 0

@@ -29,6 +29,7 @@ from proxy.documents import DocumentRoutes
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
+from proxy.inference import Inference
 from proxy.limits.limiter import Limiter
 from proxy.metering import Meter
 from proxy.metrics import Metrics
@@ -165,17 +166,26 @@ class Front:
         self.shelf = Shelf(mesh.trust(), self.clock)
         self.limits = Limiter(own.node_id, own.boot, send=lambda peer, kind, fields: None, clock=self.clock)
         self.limits.shares.looked = True
-        self.app = App(
+        gate = Gate(mesh.trust(), clock=self.clock)
+        rng = random.Random(1)
+        self.inference = Inference(
             self.config,
-            gate=Gate(mesh.trust(), clock=self.clock),
+            gate=gate,
             fleet=self.fleet,
+            views=views,
+            metrics=self.metrics,
+            limits=self.limits,
+            rng=rng,
+            meter=Meter(ledger),
+        )
+        self.app = App(
+            self.inference,
+            gate=gate,
             views=views,
             explainer=Explainer(self.fleet, directory, views, identity=identity, clock=self.clock),
             metrics=self.metrics,
-            limits=self.limits,
-            rng=random.Random(1),
+            rng=rng,
             routes=self._routes(folder, identity, directory, ledger),
-            meter=Meter(ledger),
         )
         self.server = HttpServer(self.app, self.config)
         self.port = 0
@@ -202,7 +212,7 @@ class Front:
     async def __aenter__(self) -> Front:
         self.port = await self.server.start()
         self.limits.beat(self.clock.monotonic())
-        self._tasks = [asyncio.create_task(self.app.sweep()), asyncio.create_task(self.limits.run())]
+        self._tasks = [asyncio.create_task(self.inference.sweep()), asyncio.create_task(self.limits.run())]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

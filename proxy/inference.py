@@ -1,0 +1,312 @@
+"""The way of a request through the proxy.
+
+key → body → scope → limits → choose → attempt → (retry elsewhere) → bytes to the client
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from mesh.apikey import ApiKey, KeyRole
+from mesh.errors import DeadlineExceeded, InvalidRequest, MeshError, ModelNotFound, NoWorker, Overloaded, Rerouted
+from proxy.body import Bodies
+from proxy.config import ProxyConfig
+from proxy.downstream import Downstream
+from proxy.fleet import Fleet, Worker
+from proxy.forward import Attempt, cached_of, usage_of
+from proxy.gate import Gate
+from proxy.limits.limiter import Limiter
+from proxy.limits.stash import Hold
+from proxy.metering import Meter, Noted
+from proxy.metrics import Metrics
+from proxy.moves import Moves
+from proxy.openai import TASKS, Call, parse_call, timeout_of
+from proxy.retry import RetryBudget, RetryPolicy, counts_against_worker, spends
+from proxy.route import Plan, Router
+from proxy.views import Views
+
+log = structlog.get_logger(__name__)
+
+SWEEP_S = 0.5
+LOOK_AGAIN_S = 0.05
+
+
+class Inference:
+    """Serves calls of models, each by the worker that suits it best, or by several after one another."""
+
+    def __init__(
+        self,
+        config: ProxyConfig,
+        *,
+        gate: Gate,
+        fleet: Fleet,
+        views: Views,
+        metrics: Metrics,
+        limits: Limiter,
+        rng: random.Random,
+        meter: Meter,
+    ) -> None:
+        self._config = config
+        self._gate = gate
+        self._fleet = fleet
+        self._views = views
+        self._metrics = metrics
+        self._limits = limits
+        self.meter = meter
+        self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
+        self._retry = RetryPolicy(failures=config.retry_limit + 1)
+        self._budget = metrics.budget = RetryBudget(config.retry_share)
+        self._moves = Moves(fleet, enabled=config.move_streams, policy=self._retry)
+        metrics.follow(self._moves)
+        self.bodies = Bodies(most_bytes=config.max_body_bytes, room_bytes=config.max_bodies_bytes, patience_s=config.body_timeout_s)
+        self.attempts: set[Attempt] = set()
+        self._loop = asyncio.get_running_loop()  # asking for it costs a system call each time
+        self.draining = False
+        self.new_until = 0.0
+        """Until then, on the loop's clock, a request that finds nobody waits for the proxy to find somebody."""
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def models(self) -> set[str]:
+        """Those that a linked worker serves right now."""
+        return self._fleet.models()
+
+    def counts(self) -> dict[str, Any]:
+        """For `Views.status`: what is in flight, what was moved and what was tried again."""
+        return {
+            "in_flight": self.in_flight,
+            "draining": self.draining,
+            "moves": self._moves.counts(),
+            "retries": self._budget.counts(),
+        }
+
+    async def drained(self) -> None:
+        """Return once no inference request is in flight."""
+        await self._idle.wait()
+
+    async def infer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
+        started = time.monotonic()
+        path = request.raw_path if request.raw_path in TASKS else request.path
+        task, model = TASKS[path], ""
+        code = "cancelled"
+        body: bytes | bytearray = b""
+        noted = self.meter.open(request_id, task, started)
+        hold: Hold | None = None
+        self._enter()
+        try:
+            key = noted.key = self._gate.authenticate(request.headers.get("Authorization"))
+            self.meter.check()
+            body = await self.bodies.read(request)
+            call = parse_call(path, body)
+            noted.model = call.model
+            self._gate.authorize(key, call.model)
+            if not self._fleet.candidates(call.model, call.task) and not await self._found(call):
+                raise self._nobody(call)
+            model = call.model
+            entered = self._limits.enter(key, call)
+            hold = await self._limits.wait(key, call) if isinstance(entered, str) else entered
+            response = await self._serve(request, request_id, key, call, noted, hold)
+            code = "ok"
+            return response
+        except _BrokenOff as broken:
+            code = broken.error.code
+            log.warning("request.broken_off", request_id=request_id, code=code, reason=broken.error.message)
+            broken.downstream.break_off(broken.error)
+            return broken.downstream.response()
+        except MeshError as error:
+            code = error.code
+            raise
+        except ConnectionError:
+            raise
+        except Exception:
+            code = MeshError.code
+            raise
+        finally:
+            self._leave()
+            if hold is not None:
+                hold.end()
+            self.bodies.release(body)
+            self._metrics.requests(model, task, code).inc()
+            ended = time.monotonic()
+            self.meter.close(noted, code, ended)
+            if model:
+                self._metrics.duration(model).observe(ended - started)
+
+    async def _serve(
+        self, request: web.BaseRequest, request_id: str, key: ApiKey, call: Call, noted: Noted, hold: Hold | None
+    ) -> web.StreamResponse:
+        """Attempt after attempt until one succeeds or none is left; once the client has a byte, to go on with the same answer."""
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError
+        downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
+        plan = self._router.plan(call, key.project, request.headers.get)
+        plan.hold = hold
+        now = self._loop.time()
+        self._budget.request(now)
+        if timeout_s := timeout_of(request.headers.get("x-request-timeout"), self._config.deadline_s):
+            plan.deadline = now + timeout_s
+        passage = plan.passage = self._moves.passage(call, request_id)
+        refused = 0
+        last: MeshError | None = None
+        while True:
+            choice = self._router.choose(plan, request_id)
+            if choice is None:
+                error = last or self._nobody(call)
+                self._fleet.blame(plan.failures, answered=False)
+                raise _BrokenOff(error, downstream) if downstream.started else error
+            worker = choice.worker
+            try:
+                await self._attempt(plan, worker, downstream, request_id, key, noted)
+            except MeshError as error:
+                if isinstance(error, Rerouted) and not downstream.started and self._router.rerouted(plan):
+                    continue
+                plan.avoid |= {worker.node_id}
+                if counts_against_worker(error):
+                    worker.failed += 1
+                    plan.failures.append((worker, error.code))
+                if downstream.started:
+                    avoid = await self._moves.lost(passage if downstream.is_stream else None, call, worker, error)
+                    if isinstance(avoid, MeshError):
+                        self._fleet.blame(plan.failures, answered=False)
+                        raise _BrokenOff(avoid, downstream) from error
+                    self._router.elsewhere(plan, avoid)
+                    last = error
+                    continue
+                refused += isinstance(error, Overloaded)
+                if not self._may_retry(error, failed=len(plan.failures), refused=refused):
+                    self._fleet.blame(plan.failures, answered=False)
+                    raise
+                log.info("request.retried", request_id=request_id, worker=worker.node_id.hex()[:12], code=error.code, reason=error.message)
+                self._metrics.retries(error.code).inc()
+                downstream.forget_head()
+                if passage is not None:
+                    passage.trail.clear()
+                last = error
+            else:
+                self._fleet.succeeded(worker)
+                if plan.failures:
+                    self._fleet.blame(plan.failures, answered=True)
+                return downstream.response()
+
+    async def _found(self, call: Call) -> bool:
+        """Whether somebody for a call turns up while this proxy is new, and has yet to meet the workers."""
+        while self._loop.time() < self.new_until:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            if self._fleet.candidates(call.model, call.task):
+                return True
+        return False
+
+    def _may_retry(self, error: MeshError, *, failed: int, refused: int) -> bool:
+        if not self._retry.again(error, failed=failed, refused=refused, started=False):
+            return False
+        if spends(error) and not self._budget.take(self._loop.time()):
+            return False
+        self._budget.retried += 1
+        return True
+
+    async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, noted: Noted) -> None:
+        now = self._loop.time()
+        call = plan.call
+        headers = {"x-request-id": request_id}
+        if key.has_role(KeyRole.VIEWER) or key.has_role(KeyRole.ADMIN):
+            headers["x-mesh-worker"] = worker.node_id.hex()[:12]
+            headers["x-mesh-reason"] = plan.explain(now)
+        if plan.hold is not None:
+            headers |= plan.hold.headers()
+        attempt = Attempt(worker, downstream, headers, loop=self._loop, now=now, tokens=plan.tokens - plan.expected, passage=plan.passage)
+        head: dict[str, Any] = {
+            "id": request_id,
+            "task": call.task,
+            "model": call.model,
+            "stream": call.stream,
+            "size": len(call.body),
+            "project": key.project,
+            "key": key.id,
+            "at": noted.at,
+            "try": (note := noted.begin(worker.node_id, downstream)).number,
+        }
+        if plan.chain or plan.priority:
+            head |= plan.head()
+        timer = None
+        if plan.deadline:
+            head["dl"] = max(1, round((plan.deadline - now) * 1000))
+            timer = self._loop.call_at(plan.deadline, attempt.fail, DeadlineExceeded())
+        attempt.may_move = not plan.failures and plan.choice is not None and plan.choice.of > 1
+        if plan.passage is not None:
+            head["trail"] = len(plan.passage.trail)
+        worker.in_flight += 1
+        self.attempts.add(attempt)
+        on_trial = self._fleet.begin(worker)
+        try:
+            trailer = note.trailer = await attempt.run(head, call.body)
+            note.status = "ok"
+        except MeshError as error:
+            note.status = error.code
+            raise
+        finally:
+            note.end(attempt.first_byte_at)
+            worker.in_flight -= 1
+            self.attempts.discard(attempt)
+            if timer is not None:
+                timer.cancel()
+            if plan.hold is not None:
+                plan.hold.seen(accepted=attempt.accepted_at is not None, sent_bytes=downstream.bytes_sent)
+            if on_trial:
+                self._fleet.end_trial(worker)
+        worker.served += 1
+        prompt, completion = usage_of(trailer)
+        if plan.hold is not None:
+            plan.hold.settle(prompt, completion, cached_of(trailer))
+        self._metrics.tokens(call.model, "prompt").inc(prompt)
+        self._metrics.tokens(call.model, "completion").inc(completion)
+        if plan.chain:
+            self._router.served(plan, prompt_tokens=prompt, cached_tokens=cached_of(trailer))
+        if attempt.first_byte_at is not None:
+            self._metrics.first_byte(call.model).observe(attempt.first_byte_at - now)
+            attempt.measure(self._loop.time(), completion)
+
+    async def sweep(self) -> None:
+        """A task for the life of the process: look at how workers are, and end attempts whose worker gives no sign."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = self._loop.time()
+            for attempt in list(self.attempts):
+                attempt.measure(now)
+                attempt.check_time(now, patience_s=self._config.first_byte_timeout_s, most_s=self._config.request_timeout_s)
+            self._fleet.tick()
+
+    def _enter(self) -> None:
+        self.in_flight += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
+
+    def _nobody(self, call: Call) -> MeshError:
+        """Why no linked worker can take a call: 404 for a model nobody serves, 400 for one that cannot do what is asked, else 503."""
+        tasks = self._fleet.tasks(call.model)
+        if tasks and call.task not in tasks:
+            told = f"The model '{call.model}' does not serve {call.path}; it serves {', '.join(sorted(tasks))}"
+            return InvalidRequest(told, param="model")
+        if not tasks and not self._views.knows(call.model):
+            return ModelNotFound(f"The model '{call.model[:128]}' does not exist; GET /v1/models lists those that do", param="model")
+        return NoWorker(f"No worker is ready to serve '{call.model}' right now; try again shortly", retry_after_s=2.0)
+
+
+class _BrokenOff(Exception):
+    """An answer that ends in the middle: its client is told in-band, and the connection is not ended cleanly."""
+
+    def __init__(self, error: MeshError, downstream: Downstream) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.downstream = downstream
