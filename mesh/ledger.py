@@ -1,8 +1,11 @@
 """Where a node keeps its receipts: one SQLite file, written behind the requests' backs, durable before anybody is told.
 
-`Ledger.add` costs an append. What has gathered for `COMMIT_EVERY_S` is written in one transaction by a thread and synced to disk; once a
-second what was written is signed (`mesh.receipts`). What a reader gets has always been synced: a receipt that was ever told
-of survives kill -9 and power cuts, and is there once.
+`Ledger.add` encodes a receipt and appends it. What has gathered for `COMMIT_EVERY_S` is written in one transaction by a thread and synced
+to disk; once a second what was written is signed (`mesh.receipts`). What a reader gets has always been synced: a receipt that was ever
+told of survives kill -9 and power cuts, and is there once.
+
+Writing happens with every request, reading now and then. So a row of the file is no receipt but a pack: the receipts of one commit that
+share the second of their `at`, one after the other. Readers open the packs of the seconds they want and sort there.
 
 A disk that is full or too slow loses nothing silently. Receipts wait in memory, the node says so (`Ledger.trouble`, metrics, doctor), and
 with `MAX_WAITING` of them it takes no further requests until they are on disk.
@@ -12,12 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgpack
 import structlog
 
 from mesh.clock import Clock
@@ -35,21 +42,22 @@ RETRY_S = 1.0
 MAX_WAITING = 50_000
 """Receipts that may wait for the disk: about 50 MB of memory, and minutes of a busy node."""
 FORGET_EVERY_S = 600.0
-FORGET_AT_ONCE = 5_000
-"""Old receipts dropped in one transaction, so that new ones never wait long."""
+FORGET_AT_ONCE = 200
+"""Old packs dropped in one transaction, so that new receipts never wait long."""
 PAGE_BYTES = 128 * 1024
 """What one answer holds at most; a link's stream takes it without waiting for credit."""
 PAGE_RECEIPTS = 2_000
 MAX_PROOFS = 16
 
+FORMAT = 2
+"""Of the file. No release has written another one."""
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS receipts
-  (n INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, id TEXT NOT NULL, attempt INTEGER NOT NULL, project TEXT NOT NULL,
-   key BLOB NOT NULL, body BLOB NOT NULL);
-CREATE UNIQUE INDEX IF NOT EXISTS receipts_by_time ON receipts (at, id, attempt);
+CREATE TABLE IF NOT EXISTS packs (last INTEGER PRIMARY KEY, second INTEGER NOT NULL, receipts BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS packs_by_second ON packs (second);
 CREATE TABLE IF NOT EXISTS batches (number INTEGER PRIMARY KEY, last INTEGER NOT NULL, signed BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS batches_by_last ON batches (last);
 """
+"""Receipts are numbered in the order of writing. ``last`` is the number of the last one in a pack, or under a batch."""
 Sign = Callable[[int, int, bytes, bytes], bytes]
 """From number, count, root and the digest of the batch before to a signed batch."""
 Order = tuple[int, str, int]
@@ -57,7 +65,7 @@ START: Order = (-1, "", 0)
 
 
 class Entry(Protocol):
-    """What can be added: a receipt, or something that becomes one when the thread gets to it."""
+    """What can be added: a receipt, or something that can write itself down as one."""
 
     def row(self) -> Row: ...
 
@@ -122,7 +130,7 @@ class Ledger:
         self.signed = 0
         """Batches signed since the start."""
         self._clock = clock
-        self._waiting: list[Entry] = []
+        self._waiting: list[Row] = []
         self._writing = 0
         self._due: asyncio.TimerHandle | None = None
         self._hurried = False
@@ -143,8 +151,15 @@ class Ledger:
         return len(self._waiting) + self._writing >= MAX_WAITING
 
     def add(self, entry: Entry) -> None:
-        """Take a receipt; it is on disk about `COMMIT_EVERY_S` later."""
-        self._waiting.append(entry)
+        """Take a receipt; it is on disk about `COMMIT_EVERY_S` later.
+
+        One that cannot be written down is a fault in the program: said, and no reason to lose the others.
+        """
+        try:
+            self._waiting.append(entry.row())
+        except Exception:
+            log.exception("ledger.bad_receipt")
+            return
         if not self._hurried:
             self._hurried = True
             if self._job is None:
@@ -167,13 +182,13 @@ class Ledger:
             self._due = None
         if self._job is not None:
             await asyncio.wait((self._job,))
-        entries, self._waiting = self._waiting, []
+        rows, self._waiting = self._waiting, []
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._writer, self._store.write, entries, True)
-            self.written += len(entries)
+            await loop.run_in_executor(self._writer, self._store.write, rows, True)
+            self.written += len(rows)
         except sqlite3.Error as error:
-            log.error("ledger.receipts_lost", receipts=len(entries), reason=str(error))
+            log.error("ledger.receipts_lost", receipts=len(rows), reason=str(error))
         self._writer.shutdown()
         self._reader.shutdown()
         self._store.close()
@@ -198,13 +213,13 @@ class Ledger:
     def _write(self) -> None:
         self._due = None
         self._hurried = False
-        entries, self._waiting = self._waiting, []
-        self._writing = len(entries)
+        rows, self._waiting = self._waiting, []
+        self._writing = len(rows)
         loop = asyncio.get_running_loop()
-        self._job = loop.run_in_executor(self._writer, self._store.write, entries, False)
-        self._job.add_done_callback(lambda job: self._written(entries, job))
+        self._job = loop.run_in_executor(self._writer, self._store.write, rows, False)
+        self._job.add_done_callback(lambda job: self._written(rows, job))
 
-    def _written(self, entries: list[Entry], job: asyncio.Future[tuple[int, bool]]) -> None:
+    def _written(self, rows: list[Row], job: asyncio.Future[tuple[int, bool]]) -> None:
         self._job = None
         self._writing = 0
         again_s: float | None
@@ -212,13 +227,13 @@ class Ledger:
         if error is None:
             batches, unsigned = job.result()
             if self.trouble:
-                log.warning("ledger.recovered", receipts=len(entries))
+                log.warning("ledger.recovered", receipts=len(rows))
                 self.trouble = ""
-            self.written += len(entries)
+            self.written += len(rows)
             self.signed += batches
             again_s = COMMIT_EVERY_S if self._waiting else SIGN_EVERY_S if unsigned else None
         else:
-            self._waiting[:0] = entries
+            self._waiting[:0] = rows
             if not self.trouble:
                 log.error("ledger.failing", reason=str(error), waiting=len(self._waiting))
             self.trouble = f"{type(error).__name__}: {error}"
@@ -235,7 +250,7 @@ class _Store:
         self._sign = sign
         self._clock = clock
         self._keep_s = keep_s
-        self._number = self._last = self._newest = 0
+        self._number = self._newest = 0
         self._previous = b""
         self._unsure = False
         self._leaves: list[bytes] = []
@@ -244,7 +259,9 @@ class _Store:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA)
+            if self._db.execute("PRAGMA user_version").fetchone()[0] not in (0, FORMAT) or _has_table(self._db, "receipts"):
+                raise sqlite3.DatabaseError("another version of Infermesh wrote it")
+            self._db.executescript(f"{_SCHEMA} PRAGMA user_version = {FORMAT};")
             self._read = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._read.execute("PRAGMA query_only = ON")
             self._load()
@@ -258,28 +275,28 @@ class _Store:
         self._db.close()
         self._read.close()
 
-    def write(self, entries: Sequence[Entry], last: bool) -> tuple[int, bool]:
-        """Make entries durable; sign if it is time, or ``last``. Returns batches signed and whether receipts are left unsigned.
+    def write(self, rows: Sequence[Row], last: bool) -> tuple[int, bool]:
+        """Make receipts durable; sign if it is time, or ``last``. Returns batches signed and whether receipts are left unsigned.
 
-        All or nothing. A receipt that is there already, from a commit whose success was not seen, is left as it is.
+        All or nothing. Receipts that are there already, from a commit whose success was not seen, are left as they are.
         """
-        rows = [row for entry in entries if (row := _row(entry)) is not None]
         now = self._clock.monotonic()
         if self._unsure:
+            sure_of = self._newest
             self._load()
+            there = {body for _, body in self._numbered("last > ?", sure_of)}
+            rows = [row for row in rows if row[1] not in there]
+        seconds: dict[int, list[bytes]] = {}
+        for at, body in rows:
+            seconds.setdefault(at // 1000, []).append(body)
         leaves, newest, db = list(self._leaves), self._newest, self._db
         batch = None
         db.execute("BEGIN IMMEDIATE")
         try:
-            if rows:
-                added = db.executemany(
-                    "INSERT OR IGNORE INTO receipts (at, id, attempt, project, key, body) VALUES (?, ?, ?, ?, ?, ?)", rows
-                ).rowcount
-                bodies = [row[5] for row in rows]
-                if added < len(rows):
-                    bodies = [body for (body,) in db.execute("SELECT body FROM receipts WHERE n > ? ORDER BY n", (newest,))]
+            for second, bodies in seconds.items():
+                newest += len(bodies)
                 leaves += map(leaf_hash, bodies)
-                newest = db.execute("SELECT seq FROM sqlite_sequence").fetchone()[0]
+                db.execute("INSERT INTO packs VALUES (?, ?, ?)", (newest, second, _pack(bodies)))
             if leaves and (last or now - self._signed_at >= SIGN_EVERY_S):
                 batch = self._sign(self._number + 1, len(leaves), root_hash(leaves), self._previous)
                 db.execute("INSERT INTO batches VALUES (?, ?, ?)", (self._number + 1, newest, batch))
@@ -293,19 +310,23 @@ class _Store:
             raise
         self._leaves, self._newest = leaves, newest
         if batch is not None:
-            self._number, self._last, self._previous = self._number + 1, newest, batch_digest(batch)
+            self._number, self._previous = self._number + 1, batch_digest(batch)
             self._leaves, self._signed_at = [], now
         return (0 if batch is None else 1), bool(self._leaves)
+
+    def _numbered(self, which: str, *values: int) -> Iterator[tuple[int, bytes]]:
+        """Number and bytes of the receipts in some packs, in the order of writing."""
+        return _unpacked(self._db.execute(f"SELECT last, receipts FROM packs WHERE {which} ORDER BY last", values))
 
     def _load(self) -> None:
         """Go by what is on disk: the newest batch, and the receipts that no batch holds yet."""
         newest = self._db.execute("SELECT number, last, signed FROM batches ORDER BY number DESC LIMIT 1").fetchone()
-        self._number, self._last = newest[:2] if newest else (0, 0)
+        self._number, self._newest = newest[:2] if newest else (0, 0)
         self._previous = batch_digest(newest[2]) if newest else b""
-        rows = self._db.execute("SELECT body FROM receipts WHERE n > ? ORDER BY n", (self._last,))
-        self._leaves = [leaf_hash(body) for (body,) in rows]
-        sequence = self._db.execute("SELECT seq FROM sqlite_sequence").fetchone()
-        self._newest = sequence[0] if sequence else 0
+        self._leaves = []
+        for n, body in self._numbered("last > ?", self._newest):
+            self._leaves.append(leaf_hash(body))
+            self._newest = n
         self._unsure = False
 
     def _forget(self, now: float) -> None:
@@ -316,64 +337,99 @@ class _Store:
             batch = self._db.execute("SELECT number, last FROM batches ORDER BY number LIMIT 1").fetchone()
             if batch is None or batch[0] == self._number:
                 break
-            newest = self._db.execute("SELECT max(at) FROM receipts WHERE n <= ?", (batch[1],)).fetchone()[0]
-            if newest is not None and newest >= oldest:
+            newest = self._db.execute("SELECT max(second) FROM packs WHERE last <= ?", (batch[1],)).fetchone()[0]
+            if newest is not None and newest * 1000 + 999 >= oldest:
                 break
-            gone += self._db.execute("DELETE FROM receipts WHERE n <= ?", (batch[1],)).rowcount
+            gone += self._db.execute("DELETE FROM packs WHERE last <= ?", (batch[1],)).rowcount
             self._db.execute("DELETE FROM batches WHERE number = ?", (batch[0],))
         else:
             return  # there is more: go on at the next write
         self._forgot_at = now
 
     def page(self, query: Query) -> Page:
-        where, order = ["at >= ?", "at < ?"], "at, id, attempt"
-        values: list[Any] = [query.since, query.until]
-        last = self._read.execute("SELECT coalesce(max(n), 0) FROM receipts").fetchone()[0]
-        if query.written is not None:
-            where, values, order = [*where, "n > ?"], [*values, query.written], "n"
-        elif query.after != START:
-            where, values = ["(at, id, attempt) > (?, ?, ?)", "at < ?"], [*query.after, query.until]
-        for column, value in (("project", query.project), ("key", query.key)):
-            if value is not None:
-                where.append(f"{column} = ?")
-                values.append(value)
-        found = self._read.execute(
-            f"SELECT n, body FROM receipts WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?", (*values, PAGE_RECEIPTS + 1)
-        )
+        last = self._read.execute("SELECT coalesce(max(last), 0) FROM packs").fetchone()[0]
         receipts: list[bytes] = []
         size = reached = 0
-        for n, body in found:
-            size += len(body) + 3
-            if size > PAGE_BYTES or len(receipts) == PAGE_RECEIPTS:
-                found.close()
-                return Page(receipts=tuple(receipts), more=True, last=last if query.written is None else reached)
-            receipts.append(body)
-            reached = n
+        with closing(self._matching(query)) as found:
+            for n, body in found:
+                size += len(body) + 3
+                if size > PAGE_BYTES or len(receipts) == PAGE_RECEIPTS:
+                    return Page(receipts=tuple(receipts), more=True, last=last if query.written is None else reached)
+                receipts.append(body)
+                reached = n
         return Page(receipts=tuple(receipts), more=False, last=max(last, reached))
 
+    def _matching(self, query: Query) -> Generator[tuple[int, bytes]]:
+        """Number and bytes of the receipts asked for, in the order asked for. A pack that nobody in it is wanted of is not opened."""
+        where, values = ["second >= ?", "second <= ?"], [max(query.since, query.after[0]) // 1000, (query.until - 1) // 1000]
+        wanted: list[tuple[str, str | bytes]] = [
+            (name, value) for name, value in (("p", query.project), ("key", query.key)) if value is not None
+        ]
+        needles = [value.encode() if isinstance(value, str) else value for _, value in wanted]
+        where += ["instr(receipts, ?)"] * len(needles)
+
+        def about(body: bytes) -> Order | None:
+            """Where a receipt stands, if it is asked for."""
+            for needle in needles:
+                if needle not in body:
+                    return None
+            fields = msgpack.unpackb(body)
+            order: Order = (fields["at"], fields["id"], fields["n"])
+            if not query.since <= order[0] < query.until or any(fields.get(name, type(value)()) != value for name, value in wanted):
+                return None
+            return order
+
+        if query.written is not None:
+            text = f"SELECT last, receipts FROM packs WHERE last > ? AND {' AND '.join(where)} ORDER BY last"
+            for n, body in _unpacked(self._read.execute(text, (query.written, *values, *needles))):
+                if n > query.written and about(body) is not None:
+                    yield n, body
+            return
+        text = f"SELECT last, receipts, second FROM packs WHERE {' AND '.join(where)} ORDER BY second, last"
+        for _, packs in groupby(self._read.execute(text, (*values, *needles)), key=itemgetter(2)):
+            found: dict[Order, tuple[int, bytes]] = {}  # of one place, which only a peer that repeats itself can bring about, the first
+            for n, body in _unpacked(packs):
+                if (order := about(body)) is not None and order > query.after:
+                    found.setdefault(order, (n, body))
+            for order in sorted(found):
+                yield found[order]
+
     def prove(self, request_id: str, since: int) -> list[Proof]:
-        db, proofs = self._read, []
-        rows = db.execute(
-            "SELECT n, body FROM receipts WHERE at >= ? AND id = ? ORDER BY at, attempt LIMIT ?", (since, request_id, MAX_PROOFS)
-        )
-        for n, body in rows.fetchall():
+        db, needle = self._read, request_id.encode()
+        packs = db.execute("SELECT last, receipts FROM packs WHERE second >= ? AND instr(receipts, ?)", (since // 1000, needle))
+        found: list[tuple[Order, int, bytes]] = []
+        for n, body in _unpacked(packs):
+            fields = msgpack.unpackb(body) if needle in body else {}
+            if fields.get("id") == request_id and fields["at"] >= since:
+                found.append(((fields["at"], request_id, fields["n"]), n, body))
+        proofs = []
+        for _, n, body in sorted(found)[:MAX_PROOFS]:
             batch = db.execute("SELECT number, last, signed FROM batches WHERE last >= ? ORDER BY last LIMIT 1", (n,)).fetchone()
             if batch is None:
                 continue
             number, last, signed = batch
             before = db.execute("SELECT last FROM batches WHERE number = ?", (number - 1,)).fetchone()
-            rows = db.execute("SELECT n, body FROM receipts WHERE n > ? AND n <= ? ORDER BY n", (before[0] if before else 0, last))
-            leaves = [(place, leaf_hash(each)) for place, each in rows]
+            packs = db.execute(
+                "SELECT last, receipts FROM packs WHERE last > ? AND last <= ? ORDER BY last", (before[0] if before else 0, last)
+            )
+            leaves = [(place, leaf_hash(each)) for place, each in _unpacked(packs)]
             index = next(at for at, (place, _) in enumerate(leaves) if place == n)
             path = audit_path([leaf for _, leaf in leaves], index)
             proofs.append(Proof(receipt=body, index=index, path=tuple(path), batch=signed))
         return proofs
 
 
-def _row(entry: Entry) -> Row | None:
-    """What is stored of an entry. One that cannot be written down is a fault in the program: said, and no reason to lose the others."""
-    try:
-        return entry.row()
-    except Exception:
-        log.exception("ledger.bad_receipt")
-        return None
+def _pack(bodies: Sequence[bytes]) -> bytes:
+    packed: bytes = msgpack.packb(bodies)
+    return packed
+
+
+def _unpacked(packs: Iterable[Sequence[Any]]) -> Iterator[tuple[int, bytes]]:
+    """From rows that begin with ``last`` and ``receipts``: number and bytes of each receipt."""
+    for last, packed, *_ in packs:
+        bodies = msgpack.unpackb(packed)
+        yield from enumerate(bodies, last - len(bodies) + 1)
+
+
+def _has_table(db: sqlite3.Connection, name: str) -> bool:
+    return db.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (name,)).fetchone() is not None

@@ -37,8 +37,8 @@ MAX_TOKENS = 10**9
 MAX_MS = 10**13
 """Of a moment or a stretch: the year 2286."""
 
-Row = tuple[int, str, int, str, bytes, bytes]
-"""``at``, ``id``, ``attempt``, ``project`` and ``key``, to find a receipt by, and its bytes."""
+Row = tuple[int, bytes]
+"""``at`` of a receipt, and its bytes."""
 
 _DIGEST = "sha256:"
 _pack = msgpack.Packer(use_bin_type=True).pack
@@ -93,7 +93,7 @@ class Receipt:
 
     def row(self) -> Row:
         """As a ledger keeps it."""
-        return (self.at, self.id, self.attempt, self.project, self.key, encode_receipt(self))
+        return (self.at, encode_receipt(self))
 
     @property
     def order(self) -> tuple[int, str, int]:

@@ -1,7 +1,7 @@
 """What the proxy writes down of every call: its own count of what went through, and what the worker claimed. Also the audit log.
 
-Nothing is parsed and nothing is written here. A request costs two small objects and an append; the ledger's thread makes a receipt
-of them. Per piece of an answer there is one addition, in `proxy.downstream`.
+Nothing is parsed and nothing is written here. A request costs two small objects and, once it is over, a receipt made of them and handed to
+the ledger. Per piece of an answer there is one addition, in `proxy.downstream`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Attempted:
             self.pieces = downstream.pieces - self._pieces
 
     def row(self) -> Row:
-        """For the ledger's thread."""
+        """For the ledger."""
         return self.noted.row_of(self)
 
 
@@ -81,7 +81,7 @@ class Noted:
         return note
 
     def row(self) -> Row:
-        """For the ledger's thread."""
+        """For the ledger."""
         return self.row_of(None)
 
     def row_of(self, attempted: Attempted | None) -> Row:
@@ -114,7 +114,7 @@ class Noted:
                     count = attempted.trailer.get(name)
                     if type(count) is int and 0 < count <= MAX_TOKENS:  # what is nonsense counts as nothing
                         fields[name] = count
-        return (self.at, self.id, fields["n"], key.project, key.id, pack_receipt(fields))
+        return (self.at, pack_receipt(fields))
 
 
 class Meter:

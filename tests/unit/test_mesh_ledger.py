@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,50 @@ async def test_old_receipts_are_forgotten_with_their_batches_and_the_chain_goes_
         (proof,) = await ledger.prove(receipt.id)
         verify_proof(proof, mesh.trust(), now=clock.wall())
     await ledger.stop()
+
+
+async def test_who_follows_what_is_written_gets_all_of_it_in_that_order_whatever_the_pages(
+    tmp_path: Path, identity: Identity, clock: StoppedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAGE_RECEIPTS", 3)
+    ledger, rng = open_ledger(tmp_path, identity, clock=clock), random.Random(3)
+    written: list[Receipt] = []
+    for commit in range(4):
+        some = [random_receipt(rng, commit * 20 + number, at=AT + rng.randrange(3000)) for number in range(20)]
+        some.sort(key=lambda receipt: receipt.at // 1000)
+        for receipt in some:
+            ledger.add(receipt)
+        await ledger.settled()
+        written += some
+    for project in (None, "ads"):
+        found, place = [], 0
+        while True:
+            page = await ledger.page(Query(written=place, project=project))
+            found += [parse_receipt(body) for body in page.receipts]
+            place = page.last
+            if not page.more:
+                break
+        assert found == [receipt for receipt in written if project in (None, receipt.project)]
+    assert (await ledger.page(Query(written=place))).receipts == ()
+    await ledger.stop()
+
+
+async def test_a_name_inside_another_field_is_not_mistaken_for_the_project(tmp_path: Path, identity: Identity, clock: StoppedClock) -> None:
+    ledger = open_ledger(tmp_path, identity, clock=clock)
+    ledger.add(make_receipt(1, project="search", model="ads"))
+    ledger.add(make_receipt(2, project="ads", model="search"))
+    await ledger.settled()
+    assert [receipt.project for receipt in await everything(ledger, project="ads")] == ["ads"]
+    await ledger.stop()
+
+
+def test_a_ledger_of_another_version_is_refused_and_left_alone(tmp_path: Path, identity: Identity, clock: StoppedClock) -> None:
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as db:
+        db.execute("CREATE TABLE receipts (n INTEGER PRIMARY KEY, body BLOB)")
+    with pytest.raises(ConfigError, match="another version"):
+        open_ledger(tmp_path, identity, clock=clock)
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as db:
+        assert db.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (1,)
 
 
 def test_a_file_that_is_no_ledger_is_refused_and_left_alone(tmp_path: Path, identity: Identity, clock: StoppedClock) -> None:

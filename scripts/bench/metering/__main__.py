@@ -91,13 +91,13 @@ def cost() -> dict[str, float]:
     mesh = make_mesh(now=time.time() - 60)
     with tempfile.TemporaryDirectory() as folder:
         ledger = open_ledger(Path(folder), mesh.identity(Role.PROXY, now=time.time()))
-        receipts = [make_receipt(number) for number in range(RECEIPTS)]
+        receipts = [make_receipt(number).row() for number in range(RECEIPTS)]
         for batch in (10, 100, 1000):
             began = time.thread_time()
             for at in range(0, RECEIPTS, batch):
                 ledger._store.write(receipts[at : at + batch], False)
             figures[f"write_{batch}_us"] = (time.thread_time() - began) / RECEIPTS * 1e6
-            ledger._store._db.execute("DELETE FROM receipts")
+            ledger._store._db.execute("DELETE FROM packs")
     return figures
 
 
