@@ -5,13 +5,16 @@ from __future__ import annotations
 import click
 
 from mesh import __version__
+from mesh.commands.bill import bill
 from mesh.commands.directory import doctor, lookup, peers
 from mesh.commands.issuers import issuer
 from mesh.commands.limits import limits
 from mesh.commands.local import down, up
+from mesh.commands.logs import logs
 from mesh.commands.nodes import drain, undrain
 from mesh.commands.operator import create, invite, key
-from mesh.commands.usage import bill, logs, prices, usage
+from mesh.commands.prices import prices
+from mesh.commands.usage import usage
 from mesh.commands.user import chat, init, models, status, workers
 
 

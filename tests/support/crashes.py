@@ -17,8 +17,8 @@ import aiohttp
 from aiohttp import web
 
 from mesh.client import Client
+from mesh.commands.asking import Asked
 from mesh.commands.documents import operator_settings
-from mesh.commands.usage import Asked
 from mesh.errors import ApiError
 from mesh.ledger import Query
 from mesh.receipts import Receipt, parse_receipt
