@@ -39,7 +39,10 @@ def peek(data: bytes) -> Claim:
 
 
 class Verifier:
-    """Verifies records and remembers the last ``size`` good ones by their bytes."""
+    """Verifies records and remembers good ones by their bytes: those that may still come, and at most ``size`` of them.
+
+    Every node signs a new one each few seconds, so all that were ever good would be megabytes of what nobody sends any more.
+    """
 
     def __init__(self, members: MembershipCache, *, size: int = 4_096) -> None:
         self._members = members
@@ -47,6 +50,10 @@ class Verifier:
         self._known: OrderedDict[bytes, Record] = OrderedDict()
         self._introductions: OrderedDict[bytes, Introduction] = OrderedDict()
         self.verified = 0
+
+    def __len__(self) -> int:
+        """How many records it remembers."""
+        return len(self._known)
 
     def forget(self) -> None:
         """Drop every verdict: the keyset has changed."""
@@ -78,7 +85,7 @@ class Verifier:
         record = parse_record(data, self._members, now=as_of)
         self.verified += 1
         self._known[data] = record
-        if len(self._known) > self._size:
+        while self._known and (len(self._known) > self._size or now >= next(iter(self._known.values())).expires + CLOCK_SKEW_S):
             self._known.popitem(last=False)
         return record
 

@@ -271,6 +271,20 @@ def test_a_record_is_verified_once_and_refused_once_it_is_over() -> None:
     assert verifier.verified == 2
 
 
+def test_verdicts_go_with_the_records_they_are_about() -> None:
+    """A node signs a record every five seconds for as long as the mesh runs, and memory must not tell for how long that has been."""
+    scribe = Scribe()
+    verifier, node = scribe.verifier(), scribe.node()
+    for seq in range(1, 400):
+        scribe.now = NOW + 5.0 * seq
+        record = scribe.record(node, seq=seq)
+        verifier.record(record.signed, peek(record.signed), now=scribe.now)
+        assert len(verifier) <= (20.0 + CLOCK_SKEW_S) / 5.0 + 1
+    assert verifier.verified == 399
+    verifier.record(record.signed, peek(record.signed), now=scribe.now)
+    assert verifier.verified == 399, "what is alive is known"
+
+
 def test_what_remains_of_a_life_is_bounded_by_what_was_signed() -> None:
     scribe = Scribe()
     claim = peek(scribe.record(scribe.node()).signed)
