@@ -136,7 +136,9 @@ class Soak:
                 due += self._rng.expovariate(self._per_s)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
             breaking.cancel()
-            await asyncio.gather(breaking, return_exceptions=True)
+            (ended,) = await asyncio.gather(breaking, return_exceptions=True)
+            if not isinstance(ended, asyncio.CancelledError):
+                self.unexplained.append(f"nothing was broken any more after: {ended!r}")
             await self._mend_all()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=CLIENT_TIMEOUT_S + 30)
