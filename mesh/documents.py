@@ -4,7 +4,9 @@ A document is an envelope signed by an issuer that may sign documents. Its ``seq
 digest of the one before, so a lost update or a rollback shows. At most 64 KiB of body.
 
 A document of a project is a matter of that project alone. An issuer that is restricted to projects signs for those and for nothing that
-concerns the whole mesh; one that is restricted to models signs none, because what a body says of models is not ours to read.
+concerns the whole mesh; one that is restricted to models signs none, because what a body says of models is not ours to read. Endpoints are
+for those who may deploy: an issuer that is restricted to roles signs none unless deployer or admin is among them, and one that is restricted
+to endpoints signs those.
 
 The mesh's keyset travels as a document too. The root's signature inside is what counts: such a document is verified with the very keyset
 that it brings, so a new issuer may sign it that nobody has heard of yet, and its ``seq`` is the keyset's own.
@@ -29,6 +31,9 @@ MAX_KIND_CHARS = 32
 MAX_NAME_CHARS = 128
 MAX_PROJECT_CHARS = 64
 DIGEST_BYTES = 32
+ENDPOINT_KIND = "endpoint"
+DEPLOYING = frozenset({"deployer", "admin"})
+"""The roles of API keys that an issuer must be able to give if it is to sign endpoints."""
 NEVER = 0.0
 """An ``expires`` that does not come."""
 
@@ -125,7 +130,7 @@ def parse_document(data: bytes, trust: Trust, *, now: float) -> Document:
         raise MalformedEnvelope("a document's first version has no predecessor, every other names its own")
     if not document.kind:
         raise MalformedEnvelope("a document has a kind")
-    _check_scope(issuer, document.project)
+    _check_scope(issuer, document)
     check_time("the document", not_before=document.issued, expires=float("inf"), now=now)
     return document
 
@@ -141,6 +146,13 @@ def _vouching(data: bytes, trust: Trust) -> Trust:
     return Trust(keyset) if keyset.seq > trust.keyset.seq else trust
 
 
-def _check_scope(issuer: Issuer, project: str) -> None:
-    if issuer.models is not None or (issuer.projects is not None and project not in issuer.projects):
+def _check_scope(issuer: Issuer, document: Document) -> None:
+    scope = issuer.scope
+    if scope.models is not None or (scope.projects is not None and document.project not in scope.projects):
         raise UnknownSigner("the document's issuer may not sign it: it is outside the projects that the issuer is for")
+    if document.kind != ENDPOINT_KIND:
+        return
+    if scope.roles is not None and not scope.roles & DEPLOYING:
+        raise UnknownSigner("the document's issuer may not sign endpoints: that takes the role deployer or admin")
+    if scope.endpoints is not None and document.name not in scope.endpoints:
+        raise UnknownSigner("the document's issuer may not sign it: it is outside the endpoints that the issuer is for")

@@ -65,8 +65,8 @@ def encode_limits(limits: Limits) -> bytes:
     """A document's body. Raises `UsageError` on what no proxy would take."""
     if len(limits.models) > MAX_MODELS:
         raise UsageError(f"a project has limits for at most {MAX_MODELS} models")
-    models = [{"m": name} | _encode(limit) for name, limit in sorted(limits.models.items())]
-    body: bytes = msgpack.packb(_encode(limits.whole) | ({"models": models} if models else {}), use_bin_type=True)
+    models = [{"m": name} | encode_limit(limit) for name, limit in sorted(limits.models.items())]
+    body: bytes = msgpack.packb(encode_limit(limits.whole) | ({"models": models} if models else {}), use_bin_type=True)
     return body
 
 
@@ -74,7 +74,7 @@ def parse_limits(body: bytes) -> Limits:
     """Raises `MalformedEnvelope`."""
     payload = parse_payload(body)
     entries = read_maps(payload, "models", max_items=MAX_MODELS)
-    return Limits(whole=_parse(payload), models={read_str(entry, "m"): _parse(entry) for entry in entries})
+    return Limits(whole=parse_limit(payload), models={read_str(entry, "m"): parse_limit(entry) for entry in entries})
 
 
 class Rules:
@@ -117,11 +117,14 @@ def project_name(project: str) -> str:
     return PROJECT_PREFIX + project
 
 
-def _encode(limit: Limit) -> dict[str, float]:
+def encode_limit(limit: Limit) -> dict[str, float]:
+    """The fields that say what is limited, for a body of which they are a part."""
     return {_SHORT[name]: value for name, value in limit.describe().items()}
 
 
-def _parse(entry: Mapping[str, Any]) -> Limit:
+def parse_limit(entry: Mapping[str, Any]) -> Limit:
+    """Raises `MalformedEnvelope`."""
+
     def number(name: str, low: float = 0.0) -> float | None:
         return read_number(entry, _SHORT[name], low=low, high=1e15) if _SHORT[name] in entry else None
 

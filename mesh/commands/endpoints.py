@@ -1,0 +1,324 @@
+"""For a project's deployers: the names under which its clients call models, and what goes with each."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
+
+from mesh.apikey import read_key
+from mesh.authority import Authority, open_mesh
+from mesh.client import Client, ClientSettings, resolve
+from mesh.commands.documents import OWN_PROJECT, change_document, operator_settings
+from mesh.commands.limits import COLUMNS, amount_options
+from mesh.commands.shared import Duration, F, MeshCommand, home_option, json_option, note, print_json, print_table, run
+from mesh.commands.user import access_options, get, objects
+from mesh.documents import MAX_PROJECT_CHARS, Document
+from mesh.endpoints import (
+    KIND,
+    MAX_KEEP_S,
+    MAX_MODEL_CHARS,
+    MAX_TIMEOUT_MS,
+    MIN_KEEP_S,
+    NAME,
+    Endpoint,
+    Recording,
+    encode_endpoint,
+    parse_endpoint,
+    unknown_fields,
+)
+from mesh.errors import ConfigError, TrustError, UsageError
+from mesh.identity import write_private
+
+PATH = "/mesh/v1/endpoints"
+KEEP_S = 7 * 86_400
+OFF, REDACTED, FULL = "off", "redacted", "full"
+
+
+@click.group()
+def endpoint() -> None:
+    """Endpoints: names under which a project's keys call a model, with limits, a default deadline and what is kept of prompts.
+
+    An endpoint is a signed document of its project; every proxy knows of a change within a second or two.
+    """
+
+
+def project_option(command: F) -> F:
+    return click.option("--project", metavar="P", help="Whose endpoint. [the project of the API key in use]")(command)
+
+
+def content_options(command: F) -> F:
+    for decorate in (
+        click.option("--key", "key_file", type=click.Path(path_type=Path), metavar="FILE", help="Opens what is kept; made if missing."),
+        click.option("--keep", type=Duration(), metavar="TIME", help="How long what is kept is kept, 1m to 90d. [7d]"),
+        click.option(
+            "--prompts",
+            type=click.Choice([OFF, REDACTED, FULL]),
+            help="Keep prompts and answers, sealed to --key: redacted, or in full. [off]",
+        ),
+        amount_options,
+        click.option("--timeout", type=Duration(), metavar="TIME", help="Longest answer where a request does not say; 0s: the proxy's own."),
+    ):
+        command = decorate(command)
+    return command
+
+
+@endpoint.command(
+    "create", cls=MeshCommand, epilog="Example: mesh endpoint create chat --project search --model qwen3-8b --timeout 30s --rps 100"
+)
+@click.argument("name", metavar="NAME")
+@click.option("--model", required=True, metavar="M", help="What answers: a model, or an adapter of one.")
+@content_options
+@project_option
+@access_options
+@json_option
+def create(
+    name: str,
+    model: str,
+    project: str | None,
+    url: str | None,
+    api_key: str | None,
+    home: Path,
+    as_json: bool,
+    **content: Any,
+) -> None:
+    """Make an endpoint: keys of its project call it as they call a model, by its name. Limits hold beside all others."""
+    authority, owner = open_mesh(home / "mesh"), _project(project, home, api_key)
+    fresh = _changed(Endpoint(project=owner, name=_name(name), model=_model(model)), content)
+
+    def change(former: Document | None) -> bytes:
+        if former is not None and parse_endpoint(former) is not None:
+            raise UsageError(f"the project '{owner}' has an endpoint '{name}' already: change it with `mesh endpoint set`")
+        return encode_endpoint(fresh)
+
+    _write(authority, home, url, api_key, owner, name, change, as_json)
+
+
+@endpoint.command("set", cls=MeshCommand, epilog="Example: mesh endpoint set chat --project search --model qwen3-14b --rps none")
+@click.argument("name", metavar="NAME")
+@click.option("--model", metavar="M", help="What answers from now on.")
+@content_options
+@project_option
+@access_options
+@json_option
+def set_endpoint(
+    name: str,
+    model: str | None,
+    project: str | None,
+    url: str | None,
+    api_key: str | None,
+    home: Path,
+    as_json: bool,
+    **content: Any,
+) -> None:
+    """Change what is named and leave the rest; 'none' takes a limit away. Requests under way are not disturbed."""
+    if model is None and all(value is None for value in content.values()):
+        raise UsageError("what should change? --model, --timeout, a limit such as --rps, or --prompts")
+    authority, owner = open_mesh(home / "mesh"), _project(project, home, api_key)
+
+    def change(former: Document | None) -> bytes:
+        found = parse_endpoint(former) if former is not None else None
+        if former is None or found is None:
+            raise UsageError(f"the project '{owner}' has no endpoint '{name}': `mesh endpoint create` makes one")
+        if unknown_fields(former.body):
+            raise UsageError("this endpoint says more than this version of mesh knows of: change it with a newer one")
+        return encode_endpoint(_changed(found if model is None else replace(found, model=_model(model)), content))
+
+    _write(authority, home, url, api_key, owner, _name(name), change, as_json)
+
+
+@endpoint.command("delete", cls=MeshCommand, epilog="Example: mesh endpoint delete chat --project search")
+@click.argument("name", metavar="NAME")
+@project_option
+@access_options
+@json_option
+def delete(name: str, project: str | None, url: str | None, api_key: str | None, home: Path, as_json: bool) -> None:
+    """Take an endpoint away: calls of it find no such model. What was kept of prompts stays for its time."""
+    authority, owner = open_mesh(home / "mesh"), _project(project, home, api_key)
+
+    def change(former: Document | None) -> bytes:
+        if former is None or parse_endpoint(former) is None:
+            raise UsageError(f"the project '{owner}' has no endpoint '{name}'")
+        return encode_endpoint(None)
+
+    _write(authority, home, url, api_key, owner, _name(name), change, as_json)
+
+
+@endpoint.command("list", cls=MeshCommand, epilog="Example: mesh endpoint list --json")
+@click.option("--project", metavar="P", help="Only this project's.")
+@access_options
+@json_option
+def list_endpoints(project: str | None, url: str | None, api_key: str | None, home: Path, as_json: bool) -> None:
+    """List the endpoints there are: with a key of the role viewer its project's, on the operator's machine every project's."""
+    found = _read(home, url, api_key)
+    chosen = [entry for entry in found if project in (None, entry.get("project"))]
+    if as_json:
+        print_json({"endpoints": chosen})
+        return
+    if not chosen:
+        note("there is no endpoint yet: mesh endpoint create --help")
+    columns = ("project", "name", "model", "ready", "timeout", "limits", "prompts")
+    print_table(columns, (_row(entry) for entry in chosen))
+
+
+@endpoint.command("show", cls=MeshCommand, epilog="Example: mesh endpoint show chat --project search")
+@click.argument("name", metavar="NAME")
+@project_option
+@access_options
+@json_option
+def show(name: str, project: str | None, url: str | None, api_key: str | None, home: Path, as_json: bool) -> None:
+    """Show one endpoint: what it says, since when, who signed it, and whether a worker is ready for it."""
+    owner = _project(project, home, api_key)
+    entry = next((item for item in _read(home, url, api_key) if (item.get("project"), item.get("name")) == (owner, name)), None)
+    if entry is None:
+        raise UsageError(f"the project '{owner}' has no endpoint '{name}'; `mesh endpoint list` shows those there are")
+    if as_json:
+        print_json(entry)
+        return
+    limits = {limit: value for limit, value in _limits(entry).items() if limit in COLUMNS}
+    shown = {**entry, "limits": ", ".join(f"{limit} {value:g}" for limit, value in limits.items()), "prompts": _prompts(entry)}
+    print_table(("endpoint", ""), [(field, value) for field, value in shown.items() if value not in (None, "")])
+
+
+def _row(entry: dict[str, Any]) -> tuple[Any, ...]:
+    limits = " ".join(f"{name}={value:g}" for name, value in _limits(entry).items())
+    timeout = f"{entry['timeout_s']:g}s" if entry.get("timeout_s") else ""
+    return (entry.get("project"), entry.get("name"), entry.get("model"), "yes" if entry.get("ready") else "no", timeout, limits, _prompts(entry))
+
+
+def _limits(entry: dict[str, Any]) -> dict[str, float]:
+    found = entry.get("limits")
+    return {name: value for name, value in found.items() if isinstance(value, int | float)} if isinstance(found, dict) else {}
+
+
+def _prompts(entry: dict[str, Any]) -> str:
+    kept = entry.get("prompts")
+    return f"{kept.get('mode')} for {kept.get('keep_s')}s" if isinstance(kept, dict) else ""
+
+
+def _read(home: Path, url: str | None, api_key: str | None) -> list[dict[str, Any]]:
+    settings = resolve(home, url=url, api_key=api_key, environ=os.environ) if not _operates(home, api_key) else None
+    return objects(get(settings or operator_settings(open_mesh(home / "mesh"), home, url=url), PATH), "endpoints")
+
+
+def _write(
+    authority: Authority,
+    home: Path,
+    url: str | None,
+    api_key: str | None,
+    project: str,
+    name: str,
+    change: Callable[[Document | None], bytes],
+    as_json: bool,
+) -> None:
+    settings = _settings(authority, home, url, api_key)
+
+    async def put() -> tuple[Document, dict[str, Any]]:
+        async with Client(settings) as client:
+            return await change_document(client, authority, KIND, name, change, project=project)
+
+    document, answer = run(put)
+    written = parse_endpoint(document)
+    if as_json:
+        told = written.describe() if written is not None else {"name": name, "project": project, "deleted": True}
+        print_json({**told, "seq": document.seq, "holders": answer.get("holders")})
+        return
+    if written is None:
+        click.echo(f"deleted endpoint '{name}' of project '{project}'")
+        return
+    click.echo(f"endpoint '{name}' of project '{project}': {written.model}")
+    note(f"version {document.seq}, on its way to every proxy; keys of the project call it as model=\"{name}\"")
+
+
+def _settings(authority: Authority, home: Path, url: str | None, api_key: str | None) -> ClientSettings:
+    """The key that reads what there is. A deployer whose issuer may not make one uses what was given or stored."""
+    with suppress(ConfigError, TrustError):
+        return operator_settings(authority, home, url=url, api_key=api_key)
+    return resolve(home, url=url, api_key=api_key, environ=os.environ)
+
+
+def _operates(home: Path, api_key: str | None) -> bool:
+    """Whether this is the operator's machine, and no key says otherwise."""
+    return not api_key and not os.environ.get("MESH_API_KEY") and (home / "mesh" / "root.crt").exists()
+
+
+def _project(project: str | None, home: Path, api_key: str | None) -> str:
+    """What was said, or the project of the key in use. Raises `UsageError`."""
+    if project is None:
+        with suppress(ConfigError, TrustError):
+            project = read_key(resolve(home, url="http://localhost", api_key=api_key, environ=os.environ).api_key).project
+    if project is None or project == OWN_PROJECT:
+        raise UsageError("whose endpoint? --project P")
+    if not (0 < len(project) <= MAX_PROJECT_CHARS and project.isprintable()):
+        raise UsageError(f"--project: 1 to {MAX_PROJECT_CHARS} printable characters")
+    return project
+
+
+def _name(name: str) -> str:
+    if NAME.fullmatch(name) is None:
+        raise UsageError("an endpoint's name is 1 to 63 letters, digits, '.', '_' or '-'")
+    return name
+
+
+def _model(model: str) -> str:
+    if not (0 < len(model) <= MAX_MODEL_CHARS and model.isprintable()):
+        raise UsageError(f"--model: 1 to {MAX_MODEL_CHARS} printable characters")
+    return model
+
+
+def _changed(former: Endpoint, content: dict[str, Any]) -> Endpoint:
+    """With what the options say. Raises `UsageError`."""
+    limits = {name: None if value < 0 else value for name in COLUMNS if (value := content.get(name)) is not None}
+    if (burst := limits.get("burst_s")) is not None and burst < 0.1:
+        raise UsageError("--burst: at least 0.1")
+    changed = replace(former, limit=replace(former.limit, **limits), recording=_recording(former.recording, content))
+    if (timeout_s := content.get("timeout")) is not None:
+        if timeout_s * 1000 > MAX_TIMEOUT_MS:
+            raise UsageError("--timeout: at most 1d")
+        changed = replace(changed, timeout_s=timeout_s)
+    return changed
+
+
+def _recording(former: Recording | None, content: dict[str, Any]) -> Recording | None:
+    mode, keep, key_file = content.get("prompts"), content.get("keep"), content.get("key_file")
+    if mode == OFF:
+        return None
+    if former is None and mode is None:
+        if keep is not None or key_file is not None:
+            raise UsageError("--keep and --key go with --prompts redacted or --prompts full")
+        return None
+    if keep is not None and not MIN_KEEP_S <= keep <= MAX_KEEP_S:
+        raise UsageError("--keep: 1m to 90d")
+    if key_file is None and former is None:
+        raise UsageError("who may read them? --key FILE: the key is made there, and what is kept is sealed to it")
+    public_key = _public_key(key_file) if key_file is not None or former is None else former.public_key
+    keep_s = math.ceil(keep) if keep is not None else KEEP_S if former is None else former.keep_s
+    return Recording(public_key=public_key, keep_s=keep_s, full=mode == FULL if mode is not None or former is None else former.full)
+
+
+def _public_key(path: Path) -> bytes:
+    """Of the key in a file, made if there is none. It never leaves this machine."""
+    if not path.exists():
+        key = X25519PrivateKey.generate()
+        write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        note(f"made {path}: whoever has it can read what is kept, and nobody can without it")
+    return load_prompt_key(path).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+def load_prompt_key(path: Path) -> X25519PrivateKey:
+    """Raises `ConfigError`."""
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read as a key: {error}") from None
+    if not isinstance(key, X25519PrivateKey):
+        raise ConfigError(f"{path} is a key of another kind: `mesh endpoint set NAME --prompts redacted --key FILE` makes the right one")
+    return key
