@@ -92,8 +92,13 @@ class ApiKey:
             ttl_s=self.expires - self.not_before,
         )
 
-    def may_use(self, model: str) -> bool:
-        return self.models is None or model in self.models
+    def may_use(self, model: str, endpoint: str = "") -> bool:
+        """Whether it may have the model answer, called through an endpoint or, without one, directly.
+
+        Each list narrows by itself: one of endpoints leaves these and nothing else, one of models leaves these however they are called.
+        So a key that is made from another can never do what that one cannot.
+        """
+        return (self.models is None or model in self.models) and (self.endpoints is None or endpoint in self.endpoints)
 
     def has_role(self, role: KeyRole) -> bool:
         return role in self.roles

@@ -7,6 +7,7 @@ import click
 from mesh import __version__
 from mesh.commands.bill import bill
 from mesh.commands.directory import doctor, lookup, peers
+from mesh.commands.endpoints import endpoint
 from mesh.commands.issuers import issuer
 from mesh.commands.limits import limits
 from mesh.commands.local import down, up
@@ -28,5 +29,5 @@ def main() -> None:
 
 
 _LOOKING = (models, status, workers, peers, lookup, doctor, usage, logs, bill)
-for _command in (up, down, create, invite, key, issuer, limits, init, chat, *_LOOKING, prices, drain, undrain):
+for _command in (up, down, create, invite, key, issuer, endpoint, limits, init, chat, *_LOOKING, prices, drain, undrain):
     main.add_command(_command)

@@ -4,9 +4,9 @@ A document is an envelope signed by an issuer that may sign documents. Its ``seq
 digest of the one before, so a lost update or a rollback shows. At most 64 KiB of body.
 
 A document of a project is a matter of that project alone. An issuer that is restricted to projects signs for those and for nothing that
-concerns the whole mesh; one that is restricted to models signs none, because what a body says of models is not ours to read. Endpoints are
-for those who may deploy: an issuer that is restricted to roles signs none unless deployer or admin is among them, and one that is restricted
-to endpoints signs those.
+concerns the whole mesh; one that is restricted to models signs none, because what a body says of models is not ours to read. Endpoints
+are for those who may deploy: an issuer that is restricted to roles signs none unless deployer or admin is among them, and one that is
+restricted to endpoints signs those.
 
 The mesh's keyset travels as a document too. The root's signature inside is what counts: such a document is verified with the very keyset
 that it brings, so a new issuer may sign it that nobody has heard of yet, and its ``seq`` is the keyset's own.

@@ -1,7 +1,7 @@
 """Endpoints: names under which a project's clients call a model, each with what goes with it. Documents of the kind ``endpoint``. Pure.
 
-An endpoint is a matter of its project: `mesh.documents` says who may sign it. It only ever narrows. Its limits hold beside all others, and a
-key reaches through it no model that it could not call anyway.
+An endpoint is a matter of its project: `mesh.documents` says who may sign it. It only ever narrows. Its limits hold beside all others,
+and a key reaches through it no model that it could not call anyway.
 
 What an endpoint can say will grow. Readers skip what they do not know, so a new field needs no new version.
 """
@@ -32,7 +32,7 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """Prompts and answers are kept: for ``keep_s`` seconds, sealed to an X25519 public key, what looks like a secret taken out unless ``full``."""
+    """Prompts and answers are kept: for ``keep_s`` seconds, sealed to an X25519 public key, redacted unless ``full``."""
 
     public_key: bytes
     keep_s: int

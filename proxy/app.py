@@ -16,6 +16,7 @@ from mesh.apikey import ApiKey
 from mesh.errors import MeshError, MethodNotAllowed, ModelNotFound, RouteNotFound
 from proxy import openapi
 from proxy.access import ROLES, Access, access_of
+from proxy.endpoints import Endpoints
 from proxy.explain import Explainer
 from proxy.gate import Gate
 from proxy.inference import Inference
@@ -43,6 +44,7 @@ class App:
         explainer: Explainer,
         metrics: Metrics,
         rng: random.Random,
+        endpoints: Endpoints,
         routes: Routes | None = None,
     ) -> None:
         self._inference = inference
@@ -51,6 +53,7 @@ class App:
         self._explainer = explainer
         self._metrics = metrics
         self._rng = rng
+        self._endpoints = endpoints
         self._created = int(time.time())
         self._description = b""
         own: dict[str, dict[str, Handler]] = {
@@ -161,7 +164,7 @@ class App:
         return web.json_response(model_object(name, created=self._created), headers={"x-request-id": request_id})
 
     def _visible_models(self, key: ApiKey) -> set[str]:
-        return {name for name in self._views.ready_models() if key.may_use(name)}
+        return self._endpoints.names(key, self._views.ready_models())
 
     async def _status(self, request: web.BaseRequest, request_id: str) -> web.Response:
         status = self._views.status(**self._inference.counts())

@@ -89,12 +89,13 @@ class Gate:
             retry_after_s=10.0,
         )
 
-    def authorize(self, key: ApiKey, model: str) -> None:
-        """Whether the key may call the model. Raises `KeyNotAllowed`."""
+    def authorize(self, key: ApiKey, model: str, endpoint: str = "") -> None:
+        """Whether the key may call the model, through an endpoint or directly. Raises `KeyNotAllowed`."""
         if not key.has_role(KeyRole.INVOKER):
             raise KeyNotAllowed("This API key may not call models: it lacks the role 'invoker'")
-        if not key.may_use(model):
-            raise KeyNotAllowed(f"This API key may not use the model '{model[:128]}'", param="model")
+        if not key.may_use(model, endpoint):
+            what = f"the endpoint '{endpoint}'" if endpoint else f"the model '{model[:128]}'"
+            raise KeyNotAllowed(f"This API key may not use {what}", param="model")
 
     def require(self, key: ApiKey, role: KeyRole) -> None:
         """Raises `KeyNotAllowed` unless the key holds the role or is an admin's."""

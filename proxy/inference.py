@@ -18,6 +18,7 @@ from mesh.errors import DeadlineExceeded, InvalidRequest, MeshError, ModelNotFou
 from proxy.body import Bodies
 from proxy.config import ProxyConfig
 from proxy.downstream import Downstream
+from proxy.endpoints import Endpoints
 from proxy.fleet import Fleet, Worker
 from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
@@ -51,6 +52,7 @@ class Inference:
         limits: Limiter,
         rng: random.Random,
         meter: Meter,
+        endpoints: Endpoints,
     ) -> None:
         self._config = config
         self._gate = gate
@@ -59,6 +61,7 @@ class Inference:
         self._metrics = metrics
         self._limits = limits
         self.meter = meter
+        self._endpoints = endpoints
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
         self._budget = metrics.budget = RetryBudget(config.retry_share)
@@ -104,9 +107,11 @@ class Inference:
             key = noted.key = self._gate.authenticate(request.headers.get("Authorization"))
             self.meter.check()
             body = await self.bodies.read(request)
-            call = parse_call(path, body)
+            call = self._endpoints.find(key, parse_call(path, body))
             noted.model = call.model
-            self._gate.authorize(key, call.model)
+            if call.endpoint is not None:
+                noted.endpoint = call.endpoint.name
+            self._gate.authorize(key, call.model, noted.endpoint)
             if not self._fleet.candidates(call.model, call.task) and not await self._found(call):
                 raise self._nobody(call)
             model = call.model
@@ -151,7 +156,8 @@ class Inference:
         plan.hold = hold
         now = self._loop.time()
         self._budget.request(now)
-        if timeout_s := timeout_of(request.headers.get("x-request-timeout"), self._config.deadline_s):
+        usual_s = self._config.deadline_s if call.endpoint is None else call.endpoint.timeout_s or self._config.deadline_s
+        if timeout_s := timeout_of(request.headers.get("x-request-timeout"), usual_s):
             plan.deadline = now + timeout_s
         passage = plan.passage = self._moves.passage(call, request_id)
         refused = 0
@@ -233,6 +239,8 @@ class Inference:
             "at": noted.at,
             "try": (note := noted.begin(worker.node_id, downstream)).number,
         }
+        if call.endpoint is not None:
+            head["ep"] = call.endpoint.name
         if plan.chain or plan.priority:
             head |= plan.head()
         timer = None
@@ -298,8 +306,11 @@ class Inference:
         if tasks and call.task not in tasks:
             told = f"The model '{call.model}' does not serve {call.path}; it serves {', '.join(sorted(tasks))}"
             return InvalidRequest(told, param="model")
-        if not tasks and not self._views.knows(call.model):
+        if not tasks and call.endpoint is None and not self._views.knows(call.model):
             return ModelNotFound(f"The model '{call.model[:128]}' does not exist; GET /v1/models lists those that do", param="model")
+        if call.endpoint is not None:
+            told = f"No worker is ready for the endpoint '{call.endpoint.name}' right now: its model is '{call.model}'; try again shortly"
+            return NoWorker(told, retry_after_s=2.0)
         return NoWorker(f"No worker is ready to serve '{call.model}' right now; try again shortly", retry_after_s=2.0)
 
 

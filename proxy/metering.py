@@ -61,7 +61,7 @@ class Attempted:
 class Noted:
     """One request, as it goes; also its own receipt where no worker was tried."""
 
-    __slots__ = ("at", "id", "key", "model", "notes", "started", "status", "task", "took_s")
+    __slots__ = ("at", "endpoint", "id", "key", "model", "notes", "started", "status", "task", "took_s")
 
     def __init__(self, request_id: str, task: str, *, at: int, started: float) -> None:
         self.id = request_id
@@ -70,6 +70,7 @@ class Noted:
         self.started = started
         self.key: ApiKey | None = None
         self.model = ""
+        self.endpoint = ""
         self.notes: list[Attempted] = []
         self.status = ""
         self.took_s = 0.0
@@ -95,6 +96,8 @@ class Noted:
         fields["ms"], fields["done"] = took_ms, self.at + took_ms
         if self.model:
             fields["m"] = _printable(self.model)
+        if self.endpoint:
+            fields["ep"] = self.endpoint
         status = self.status
         if attempted is None or attempted.final:
             fields["fin"] = True

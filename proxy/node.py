@@ -25,7 +25,9 @@ from mesh.runtime import announce
 from mesh.trust import Role
 from proxy.app import App
 from proxy.config import ProxyConfig
+from proxy.deployments import EndpointRoutes
 from proxy.documents import DocumentRoutes
+from proxy.endpoints import Endpoints
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
@@ -120,9 +122,22 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         prices=lambda: held_prices(directory),
         clock=clock,
     )
-    routes = {**documents.routes(), **orders.routes(), **usage.routes()}
-    inference = Inference(config, gate=gate, fleet=fleet, views=views, metrics=metrics, limits=limits, rng=rng, meter=Meter(ledger))
-    app = App(inference, gate=gate, views=views, explainer=explainer, metrics=metrics, rng=rng, routes=routes)
+    endpoints = Endpoints()
+    endpoints.on_change = limits.renew
+    deployments = EndpointRoutes(endpoints, gate, keeper=directory, ready=views.ready_models)
+    routes = {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes()}
+    inference = Inference(
+        config,
+        gate=gate,
+        fleet=fleet,
+        views=views,
+        metrics=metrics,
+        limits=limits,
+        rng=rng,
+        meter=Meter(ledger),
+        endpoints=endpoints,
+    )
+    app = App(inference, gate=gate, views=views, explainer=explainer, metrics=metrics, rng=rng, endpoints=endpoints, routes=routes)
     server = HttpServer(app, config)
     metrics.watch(server.connections)
     ledger.start()
@@ -131,6 +146,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         follow_revocations(directory, revoked, watch.settle)
         await watch.look_first()
         limits.follow(directory)
+        endpoints.follow(directory, identity.trust)
         _, link_port = await node.listen(config.host, config.link_port)
         node.addresses = config.addresses(link_port)
         port = await server.start()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from mesh.endpoints import Endpoint
 from mesh.errors import InvalidRequest, MeshError
 from mesh.prefix import BLOCK_BYTES, MAX_TEXT_BYTES, Chain, hash_chain
 
@@ -84,7 +85,10 @@ _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {task: msgspec.json.Decoder(ki
 
 
 class Call(NamedTuple):
-    """One inference request, as far as the proxy needs to know it. ``body`` is the client's own bytes, ``parsed`` what was read of it."""
+    """One inference request, as far as the proxy needs to know it. ``body`` is the client's own bytes, ``parsed`` what was read of it.
+
+    ``model`` is what is to answer: what the client named, unless that is an endpoint.
+    """
 
     task: str
     path: str
@@ -92,6 +96,7 @@ class Call(NamedTuple):
     stream: bool
     body: bytes | bytearray
     parsed: _Body
+    endpoint: Endpoint | None = None
 
 
 def parse_call(path: str, body: bytes | bytearray) -> Call:

@@ -225,7 +225,7 @@ class Gateway:
             self._on_load()
 
     def _prepare(self, body: bytes | bytearray, request: _Request, model: ModelSpec) -> Prepared | Trailed:
-        task, engine_model = request.task, _renamed(model, request.model)
+        task, engine_model = request.task, _renamed(model, request)
         if request.trail_size:
             return Trailed(parse_trail(bytes(body[: request.trail_size])), body[request.trail_size :])
         if request.moves:
@@ -259,7 +259,7 @@ class Gateway:
         try:
             if isinstance(prepared, Trailed):
                 ask = EngineRoutes(self._client, base_url, headers)
-                going_on = await continuation(prepared, request.task, model, _renamed(model, request.model) or request.model, ask)
+                going_on = await continuation(prepared, request.task, model, _renamed(model, request) or request.model, ask)
                 usage = await self._go_on(stream, going_on, base_url, headers, on_first, tally)
             else:
                 usage = await self._begin(stream, request, model, prepared, base_url, headers, on_first, tally)
@@ -445,6 +445,7 @@ class Gateway:
             proxy=stream.link.node_id,
             project=request.project,
             key=request.key,
+            endpoint=request.endpoint,
             task=request.task,
             asked=request.model,
             model=model,
@@ -488,6 +489,7 @@ class _Request:
         "attempt",
         "cost",
         "deadline_s",
+        "endpoint",
         "id",
         "key",
         "model",
@@ -508,6 +510,7 @@ class _Request:
             self.task = Task(read_str(head, "task", max_len=32))
             self.project = read_str(head, "project", default="", max_len=64)
             self.key = read_bytes(head, "key", size=8) if "key" in head else b""
+            self.endpoint = read_str(head, "ep", default="", max_len=128)
             self.attempt = read_int(head, "try", default=1, low=1, high=1000)
             self.at = read_int(head, "at", default=0)
             self.priority = Priority(read_int(head, "pri", default=0, high=_LOWEST))
@@ -531,9 +534,10 @@ def _prompt(head: Mapping[str, Any]) -> Prompt:
     )
 
 
-def _renamed(model: ModelSpec, asked: str) -> str | None:
-    """The engine's own name for what was asked, or None where it is the same."""
-    return model.engine_name if asked == model.name and model.engine_name != asked else None
+def _renamed(model: ModelSpec, request: _Request) -> str | None:
+    """The engine's own name for what is asked, or None where the body has it already: that of an endpoint's call names the endpoint."""
+    name = model.engine_name if request.model == model.name else request.model
+    return name if name != request.model or request.endpoint else None
 
 
 async def _refusal(response: EngineAnswer) -> MeshError:

@@ -19,7 +19,7 @@ from mesh.authority import Authority, open_mesh
 from mesh.client import Client, ClientSettings, resolve
 from mesh.commands.documents import OWN_PROJECT, change_document, operator_settings
 from mesh.commands.limits import COLUMNS, amount_options
-from mesh.commands.shared import Duration, F, MeshCommand, home_option, json_option, note, print_json, print_table, run
+from mesh.commands.shared import Duration, F, MeshCommand, json_option, note, print_json, print_table, run
 from mesh.commands.user import access_options, get, objects
 from mesh.documents import MAX_PROJECT_CHARS, Document
 from mesh.endpoints import (
@@ -65,7 +65,9 @@ def content_options(command: F) -> F:
             help="Keep prompts and answers, sealed to --key: redacted, or in full. [off]",
         ),
         amount_options,
-        click.option("--timeout", type=Duration(), metavar="TIME", help="Longest answer where a request does not say; 0s: the proxy's own."),
+        click.option(
+            "--timeout", type=Duration(), metavar="TIME", help="Longest answer where a request does not say; 0s: the proxy's own."
+        ),
     ):
         command = decorate(command)
     return command
@@ -191,7 +193,15 @@ def show(name: str, project: str | None, url: str | None, api_key: str | None, h
 def _row(entry: dict[str, Any]) -> tuple[Any, ...]:
     limits = " ".join(f"{name}={value:g}" for name, value in _limits(entry).items())
     timeout = f"{entry['timeout_s']:g}s" if entry.get("timeout_s") else ""
-    return (entry.get("project"), entry.get("name"), entry.get("model"), "yes" if entry.get("ready") else "no", timeout, limits, _prompts(entry))
+    return (
+        entry.get("project"),
+        entry.get("name"),
+        entry.get("model"),
+        "yes" if entry.get("ready") else "no",
+        timeout,
+        limits,
+        _prompts(entry),
+    )
 
 
 def _limits(entry: dict[str, Any]) -> dict[str, float]:
@@ -235,7 +245,7 @@ def _write(
         click.echo(f"deleted endpoint '{name}' of project '{project}'")
         return
     click.echo(f"endpoint '{name}' of project '{project}': {written.model}")
-    note(f"version {document.seq}, on its way to every proxy; keys of the project call it as model=\"{name}\"")
+    note(f'version {document.seq}, on its way to every proxy; keys of the project call it as model="{name}"')
 
 
 def _settings(authority: Authority, home: Path, url: str | None, api_key: str | None) -> ClientSettings:

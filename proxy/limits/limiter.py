@@ -96,9 +96,9 @@ class Limiter:
 
     def enter(self, key: ApiKey, call: Call) -> Hold | Literal["wait"] | None:
         """Take what a request needs: None if nothing limits it, `WAIT` if `wait` must be called. Raises `RateLimited`, `QuotaSpent`."""
-        plan = self._plans.get((key.id, key.kid, key.project, call.model))
+        plan = self._plans.get((key.id, key.kid, key.project, call.parsed.model))
         if plan is None:
-            plan = self._plan(key, call.model)
+            plan = self._plan(key, call)
         if not plan.ones and not plan.tokens and not plan.money:
             return None
         tokens = prompt = 0
@@ -135,7 +135,7 @@ class Limiter:
 
     async def wait(self, key: ApiKey, call: Call) -> Hold:
         """As `enter`, after asking the owners. Raises `RateLimited`, `QuotaSpent`."""
-        plan = self._plan(key, call.model)
+        plan = self._plan(key, call)
         prompt, completion = _estimate(plan, call)
         tokens = prompt + completion
         money = plan.price(prompt, completion, 0) if plan.price is not None else 0.0
@@ -224,16 +224,21 @@ class Limiter:
         except (MalformedEnvelope, UsageError) as error:
             log.warning("limits.document_refused", document=document.title, seq=document.seq, reason=error.message)
 
-    def _plan(self, key: ApiKey, model: str) -> Plan:
-        index = (key.id, key.kid, key.project, model)
+    def renew(self) -> None:
+        """What the endpoints say has changed."""
+        self._plans.clear()
+
+    def _plan(self, key: ApiKey, call: Call) -> Plan:
+        index = (key.id, key.kid, key.project, call.parsed.model)  # as the client named it: what that means changes with `renew`
         plan = self._plans.get(index)
         if plan is None:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            plan = self._plans[index] = self._make_plan(key, model)
+            plan = self._plans[index] = self._make_plan(key, call)
         return plan
 
-    def _make_plan(self, key: ApiKey, model: str) -> Plan:
+    def _make_plan(self, key: ApiKey, call: Call) -> Plan:
+        model, endpoint = call.model, call.endpoint
         of_key = Limit(rps=key.rps, tps=key.tps, concurrency=key.concurrency, money_per_month=key.budget)
         operators, own = self.rules.of_project(key.project)
         project, named = f"project:{key.project}", f"the project '{key.project}'"
@@ -245,6 +250,8 @@ class Limiter:
             (f"own:{project}:model:{model}", f"{named} (its own) for the model '{model}'", own.models.get(model, Limit())),
             (f"model:{model}", f"the model '{model}'", self.rules.models.models.get(model, Limit())),
         ]
+        if endpoint is not None:
+            scopes.append((f"endpoint:{endpoint.name}:{key.project}", f"the endpoint '{endpoint.name}'", endpoint.limit))
         price = self._price(model)
         ones: list[Stash] = []
         tokens: list[Stash] = []

@@ -194,6 +194,14 @@ async def test_stream_that_cannot_be_exact_says_so_in_band(stage: Stage, body: d
     assert await stage.status() == {"moved": 0, "stuck": 1, "tokens": 0}
 
 
+async def test_stream_of_an_endpoint_moves_like_its_models(stage: Stage) -> None:
+    one, _ = [await stage.add() for _ in range(2)]
+    stage.front.endpoint("chat", model="m")
+    undisturbed = await stage.ask(model="chat")
+    assert_same(await cut_short(stage, one, model="chat"), undisturbed)
+    assert (await stage.status())["moved"] == 1
+
+
 async def test_client_that_asked_for_token_ids_gets_them_and_stays(stage: Stage) -> None:
     await stage.add()
     answer = await stage.ask(return_token_ids=True)

@@ -17,6 +17,8 @@ from mesh.books import Books
 from mesh.clock import SystemClock
 from mesh.cordon import Cordon
 from mesh.directory import Directory
+from mesh.documents import ENDPOINT_KIND, next_version, seal_document
+from mesh.endpoints import Endpoint, encode_endpoint
 from mesh.identity import Identity, Peer
 from mesh.ledger import LEDGER_FILE, Ledger, signer
 from mesh.link.frames import Frame
@@ -25,7 +27,9 @@ from mesh.records import Capability, ModelEntry, Record, State
 from mesh.trust import Role
 from proxy.app import App, Routes
 from proxy.config import ProxyConfig
+from proxy.deployments import EndpointRoutes
 from proxy.documents import DocumentRoutes
+from proxy.endpoints import Endpoints
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
@@ -166,6 +170,10 @@ class Front:
         self.shelf = Shelf(mesh.trust(), self.clock)
         self.limits = Limiter(own.node_id, own.boot, send=lambda peer, kind, fields: None, clock=self.clock)
         self.limits.shares.looked = True
+        self.endpoints = Endpoints()
+        self.endpoints.on_change = self.limits.renew
+        self.endpoints.follow(self.shelf, self.shelf.trust)
+        self._ready = views.ready_models
         gate = Gate(mesh.trust(), clock=self.clock)
         rng = random.Random(1)
         self.inference = Inference(
@@ -177,6 +185,7 @@ class Front:
             limits=self.limits,
             rng=rng,
             meter=Meter(ledger),
+            endpoints=self.endpoints,
         )
         self.app = App(
             self.inference,
@@ -185,6 +194,7 @@ class Front:
             explainer=Explainer(self.fleet, directory, views, identity=identity, clock=self.clock),
             metrics=self.metrics,
             rng=rng,
+            endpoints=self.endpoints,
             routes=self._routes(folder, identity, directory, ledger),
         )
         self.server = HttpServer(self.app, self.config)
@@ -207,7 +217,9 @@ class Front:
             clock=self.clock,
         )
         orders = Orders(self.fleet, proxies, cordon, trust, clock=self.clock)
-        return {**DocumentRoutes(self.shelf, trust, clock=self.clock).routes(), **orders.routes(), **usage.routes()}
+        documents = DocumentRoutes(self.shelf, trust, clock=self.clock)
+        deployments = EndpointRoutes(self.endpoints, Gate(self.mesh.trust(), clock=self.clock), keeper=self.shelf, ready=self._ready)
+        return {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes()}
 
     async def __aenter__(self) -> Front:
         self.port = await self.server.start()
@@ -230,6 +242,14 @@ class Front:
         now = self.clock.wall()
         base = ApiKey(id=b"12345678", project="p", roles=frozenset({"invoker"}), not_before=now - 60, expires=now + 3600)
         return mint(replace(base, **claims), self.mesh.keys_issuer, KEYS_KID)
+
+    def endpoint(self, name: str, *, project: str = "p", **said: Any) -> None:
+        """Sign an endpoint, or what it says from now on; without anything said it is gone."""
+        endpoint = Endpoint(project=project, name=name, **said) if said else None
+        former = self.shelf.held_document(ENDPOINT_KIND, name, project=project)
+        body, now = encode_endpoint(endpoint), self.clock.wall()
+        version = next_version(former, kind=ENDPOINT_KIND, name=name, project=project, body=body, now=now)
+        assert self.shelf.accept_document(seal_document(version, self.mesh.keys_issuer, KEYS_KID).signed)
 
     async def worker(
         self, serve: Serve, *, name: str = "", models: tuple[ModelEntry, ...] = (ModelEntry(name="m"),), **fields: Any

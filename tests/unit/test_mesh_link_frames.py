@@ -90,6 +90,7 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "prefixes, a change": (Frame.PREFIX, 0, {"add": bytes(range(16, 24)), "del": bytes(range(8))}),
         "load of a worker whose engine stands still": (Frame.LOAD, 0, {"run": 3, "wait": 1, "kv": 0.25, "yours": 2, "stuck": True}),
         "open of a request with a deadline": (Frame.OPEN, 11, {**request, "dl": 30_000}),
+        "open of a call of an endpoint": (Frame.OPEN, 13, {**request, "ep": "chat"}),
         "an order": (Frame.ORDER, 0, {"order": bytes.fromhex(vectors.read("order.json")["order"])}),
         "a document": (Frame.DOCUMENT, 0, {"doc": bytes.fromhex(vectors.read("envelope.json")["envelope"])}),
         "documents that are held": (Frame.DOCUMENT, 0, {"have": [entry, entry | {"proj": "search"}], "close": True}),
