@@ -16,8 +16,7 @@ from typing import Any
 import msgpack
 
 from mesh.claims import read_bool, read_bytes, read_int, read_str
-from mesh.documents import ENDPOINT_KIND as KIND
-from mesh.documents import NEVER, Document
+from mesh.documents import ENDPOINT_KIND, NEVER, Document
 from mesh.envelope import parse_payload
 from mesh.errors import MalformedEnvelope
 from mesh.limits import Limit, encode_limit, parse_limit
@@ -118,7 +117,7 @@ class Catalogue:
 
     def take(self, document: Document) -> bool:
         """Whether the document is about an endpoint. Raises `MalformedEnvelope`; what was in force then stays so."""
-        if document.kind != KIND:
+        if document.kind != ENDPOINT_KIND:
             return False
         endpoint = parse_endpoint(document)
         named = self.projects.setdefault(document.project, {})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from mesh.apikey import KeyRole
-from mesh.endpoints import KIND
+from mesh.documents import ENDPOINT_KIND
 from mesh.usage import MESH_PROJECT
 from proxy.app import Routes
 from proxy.endpoints import Endpoints, Keeper
@@ -31,5 +31,5 @@ class EndpointRoutes:
     async def list(self, request: web.BaseRequest, request_id: str) -> web.Response:
         key = self._gate.authenticate(request.headers.get("Authorization"))
         project = None if key.project == MESH_PROJECT and key.has_role(KeyRole.ADMIN) else key.project
-        listed = self._endpoints.describe(project, self._keeper.held_documents(KIND), self._ready())
+        listed = self._endpoints.describe(project, self._keeper.held_documents(ENDPOINT_KIND), self._ready())
         return web.json_response({"endpoints": listed}, headers={"x-request-id": request_id})

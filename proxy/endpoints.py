@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import structlog
 
 from mesh.apikey import ApiKey
-from mesh.documents import Document
-from mesh.endpoints import KIND, Catalogue
+from mesh.documents import ENDPOINT_KIND, Document
+from mesh.endpoints import Catalogue
 from mesh.envelope import signer_of
 from mesh.errors import MalformedEnvelope
 from mesh.trust import Trust
@@ -43,7 +43,7 @@ class Endpoints:
 
         def read() -> None:
             self._projects.clear()
-            for document in keeper.held_documents(KIND):
+            for document in keeper.held_documents(ENDPOINT_KIND):
                 self._take(document)
             self.on_change()
 

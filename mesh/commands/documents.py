@@ -15,6 +15,7 @@ from mesh.authority import Authority
 from mesh.client import Client, ClientSettings, resolve
 from mesh.documents import Document, next_version, parse_document
 from mesh.errors import ApiError, MeshError
+from mesh.scope import Scope
 
 PATH = "/mesh/v1/documents"
 ATTEMPTS = 8
@@ -27,10 +28,29 @@ def operator_settings(authority: Authority, home: Path, *, url: str | None, api_
     """Where the mesh is, as for any client; the key is made on the spot where none is given: an operator can."""
     now = time.time()
     if not api_key and not os.environ.get("MESH_API_KEY"):
-        roles = frozenset({KeyRole.VIEWER, KeyRole.ADMIN})
-        claims = ApiKey(id=os.urandom(8), project=OWN_PROJECT, roles=roles, not_before=now - 30, expires=now + OWN_KEY_S)
-        api_key = authority.mint_key(claims)
+        api_key = authority.mint_key(_own_claims(authority.signer(now=now).scope, now=now))
     return resolve(home, url=url, api_key=api_key, environ=os.environ)
+
+
+def _own_claims(bounds: Scope, *, now: float) -> ApiKey:
+    """For a moment, as much as whoever signs it may give."""
+    roles = frozenset[str]({KeyRole.VIEWER, KeyRole.ADMIN})
+    anywhere = bounds.projects is None or OWN_PROJECT in bounds.projects
+    begins = now - 30
+    return ApiKey(
+        id=os.urandom(8),
+        project=OWN_PROJECT if anywhere or not bounds.projects else min(bounds.projects),
+        roles=roles if bounds.roles is None else roles & bounds.roles,
+        not_before=begins,
+        expires=begins + min(OWN_KEY_S, bounds.ttl_s or OWN_KEY_S),
+        models=bounds.models,
+        endpoints=bounds.endpoints,
+        region=min(bounds.regions) if bounds.regions else None,
+        rps=bounds.rps,
+        tps=bounds.tps,
+        concurrency=bounds.concurrency,
+        budget=bounds.budget,
+    )
 
 
 async def read_document(client: Client, authority: Authority, kind: str, name: str, *, project: str = "") -> Document | None:

@@ -21,9 +21,8 @@ from mesh.commands.documents import OWN_PROJECT, change_document, operator_setti
 from mesh.commands.limits import COLUMNS, amount_options
 from mesh.commands.shared import Duration, F, MeshCommand, json_option, note, print_json, print_table, run
 from mesh.commands.user import access_options, get, objects
-from mesh.documents import MAX_PROJECT_CHARS, Document
+from mesh.documents import ENDPOINT_KIND, MAX_PROJECT_CHARS, Document
 from mesh.endpoints import (
-    KIND,
     MAX_KEEP_S,
     MAX_MODEL_CHARS,
     MAX_TIMEOUT_MS,
@@ -57,13 +56,6 @@ def project_option(command: F) -> F:
 
 def content_options(command: F) -> F:
     for decorate in (
-        click.option("--key", "key_file", type=click.Path(path_type=Path), metavar="FILE", help="Opens what is kept; made if missing."),
-        click.option("--keep", type=Duration(), metavar="TIME", help="How long what is kept is kept, 1m to 90d. [7d]"),
-        click.option(
-            "--prompts",
-            type=click.Choice([OFF, REDACTED, FULL]),
-            help="Keep prompts and answers, sealed to --key: redacted, or in full. [off]",
-        ),
         amount_options,
         click.option(
             "--timeout", type=Duration(), metavar="TIME", help="Longest answer where a request does not say; 0s: the proxy's own."
@@ -215,8 +207,11 @@ def _prompts(entry: dict[str, Any]) -> str:
 
 
 def _read(home: Path, url: str | None, api_key: str | None) -> list[dict[str, Any]]:
-    settings = resolve(home, url=url, api_key=api_key, environ=os.environ) if not _operates(home, api_key) else None
-    return objects(get(settings or operator_settings(open_mesh(home / "mesh"), home, url=url), PATH), "endpoints")
+    if _operates(home, api_key):
+        settings = _settings(open_mesh(home / "mesh"), home, url, api_key)
+    else:
+        settings = resolve(home, url=url, api_key=api_key, environ=os.environ)
+    return objects(get(settings, PATH), "endpoints")
 
 
 def _write(
@@ -233,7 +228,7 @@ def _write(
 
     async def put() -> tuple[Document, dict[str, Any]]:
         async with Client(settings) as client:
-            return await change_document(client, authority, KIND, name, change, project=project)
+            return await change_document(client, authority, ENDPOINT_KIND, name, change, project=project)
 
     document, answer = run(put)
     written = parse_endpoint(document)
@@ -249,15 +244,15 @@ def _write(
 
 
 def _settings(authority: Authority, home: Path, url: str | None, api_key: str | None) -> ClientSettings:
-    """The key that reads what there is. A deployer whose issuer may not make one uses what was given or stored."""
-    with suppress(ConfigError, TrustError):
+    """The key that reads what there is. A deployer whose issuer makes none for viewers uses what was given or stored."""
+    with suppress(UsageError, TrustError):
         return operator_settings(authority, home, url=url, api_key=api_key)
     return resolve(home, url=url, api_key=api_key, environ=os.environ)
 
 
 def _operates(home: Path, api_key: str | None) -> bool:
-    """Whether this is the operator's machine, and no key says otherwise."""
-    return not api_key and not os.environ.get("MESH_API_KEY") and (home / "mesh" / "root.crt").exists()
+    """Whether this is a machine that signs for the mesh, and no key says otherwise."""
+    return not api_key and not os.environ.get("MESH_API_KEY") and (home / "mesh" / "mesh.json").exists()
 
 
 def _project(project: str | None, home: Path, api_key: str | None) -> str:
@@ -307,9 +302,12 @@ def _recording(former: Recording | None, content: dict[str, Any]) -> Recording |
         return None
     if keep is not None and not MIN_KEEP_S <= keep <= MAX_KEEP_S:
         raise UsageError("--keep: 1m to 90d")
-    if key_file is None and former is None:
+    if key_file is not None:
+        public_key = _public_key(key_file)
+    elif former is not None:
+        public_key = former.public_key
+    else:
         raise UsageError("who may read them? --key FILE: the key is made there, and what is kept is sealed to it")
-    public_key = _public_key(key_file) if key_file is not None or former is None else former.public_key
     keep_s = math.ceil(keep) if keep is not None else KEEP_S if former is None else former.keep_s
     return Recording(public_key=public_key, keep_s=keep_s, full=mode == FULL if mode is not None or former is None else former.full)
 

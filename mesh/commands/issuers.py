@@ -268,7 +268,7 @@ def retire(name: str, root: Path | None, url: str | None, home: Path, as_json: b
     key = load_root(authority, root)
     authority = _catch_up(authority, home, url)
     retired = retire_issuer(authority, key, name, now=now)
-    told = _publish(retired, home, url, outgoing=name)
+    told = _publish(retired, home, url, outgoing=name, reader=authority)
     if as_json:
         print_json({"kid": name} | told)
         return
@@ -310,18 +310,27 @@ def _catch_up(authority: Authority, home: Path, url: str | None) -> Authority:
         return authority
 
 
-def _publish(authority: Authority, home: Path, url: str | None, *, known: Authority | None = None, outgoing: str = "") -> dict[str, Any]:
+def _publish(
+    authority: Authority,
+    home: Path,
+    url: str | None,
+    *,
+    known: Authority | None = None,
+    outgoing: str = "",
+    reader: Authority | None = None,
+) -> dict[str, Any]:
     """Send the keyset, and have documents that ``outgoing`` signed signed again by another. What went wrong is in ``problem``.
 
     ``known`` is the mesh as its nodes know it, where they have yet to hear of the issuer that signs here from now on: then documents are
-    signed again after the keyset is there. Else before, so that none is lost with the issuer.
+    signed again after the keyset is there. Else before, so that none is lost with the issuer; ``reader`` is then the mesh that
+    still knows it.
     """
 
     async def again(patience: int) -> int:
         for attempt in range(patience):
             try:
                 async with Client(operator_settings(authority, home, url=url)) as client:
-                    return await _sign_again(client, authority, outgoing)
+                    return await _sign_again(client, authority, outgoing, reader=reader or authority)
             except ApiError as error:
                 if error.status not in (401, 403) or attempt == patience - 1:
                     raise
@@ -346,7 +355,7 @@ def _publish(authority: Authority, home: Path, url: str | None, *, known: Author
         return {"seq": authority.keyset.seq, "published": False, "problem": error.message}
 
 
-async def _sign_again(client: Client, authority: Authority, kid: str) -> int:
+async def _sign_again(client: Client, authority: Authority, kid: str, *, reader: Authority) -> int:
     """Documents whose newest version ``kid`` signed get a next version, the same but for who signed it."""
     listed = (await client.get("/mesh/v1/documents")).get("documents")
     count = 0
@@ -355,7 +364,7 @@ async def _sign_again(client: Client, authority: Authority, kid: str) -> int:
             continue
         kind, name, project = (str(entry.get(field, "")) for field in ("kind", "name", "project"))
         for attempt in range(PATIENCE):
-            former = await read_document(client, authority, kind, name, project=project)
+            former = await read_document(client, reader, kind, name, project=project)
             if former is None:
                 break
             version = next_version(former, kind=kind, name=name, project=project, body=former.body, now=time.time(), expires=former.expires)

@@ -163,9 +163,7 @@ async def test_limits_of_the_model_hold_through_an_endpoint_as_well(front: Front
     await front.worker(whole, models=(QWEN,))
     front.endpoint("chat", model="Qwen/Qwen3-8B", limit=Limit(concurrency=5))
     limits = Limits(models={"Qwen/Qwen3-8B": Limit(concurrency=0)})
-    front.limits.take_document(
-        Document(kind="limits", name="models", seq=1, previous=b"", issued=0.0, body=encode_limits(limits))
-    )
+    front.limits.take_document(Document(kind="limits", name="models", seq=1, previous=b"", issued=0.0, body=encode_limits(limits)))
     status, _, body = await ask(front, "chat", front.key())
     assert (status, "the model 'Qwen/Qwen3-8B'" in body["error"]["message"]) == (429, True)
 

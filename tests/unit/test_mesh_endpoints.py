@@ -24,7 +24,9 @@ from tests.unit.test_mesh_limits import LIMITS
 
 NOW = 1_800_000_000.0
 CHAT = Endpoint(project="search", name="chat", model="qwen3-8b")
-RECORDINGS = st.builds(Recording, public_key=st.binary(min_size=32, max_size=32), keep_s=st.integers(MIN_KEEP_S, MAX_KEEP_S), full=st.booleans())
+RECORDINGS = st.builds(
+    Recording, public_key=st.binary(min_size=32, max_size=32), keep_s=st.integers(MIN_KEEP_S, MAX_KEEP_S), full=st.booleans()
+)
 ENDPOINTS = st.builds(
     Endpoint,
     project=st.just("search"),

@@ -1,0 +1,140 @@
+"""Endpoints over real processes: made by a command, called as a model, limited, timed, logged; and who may make them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import external
+from tests.support.deployment import Deployment, Node, until
+from tests.support.fake_engine import FakeEngine
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Say something"}]
+
+
+async def command(home: Path, *arguments: str) -> tuple[int, str, str]:
+    """``mesh …`` in its own process: exit code, output, what it said to the person."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MESH_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "mesh", *arguments, "--home", str(home)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environ,
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def mesh(home: Path, proxy: Node, *arguments: str) -> dict[str, Any]:
+    """An answer of an operator's command."""
+    code, output, errors = await command(home, *arguments, "--url", proxy.root, "--json")
+    assert code == 0, errors
+    answer: dict[str, Any] = json.loads(output)
+    return answer
+
+
+async def test_an_endpoint_is_made_called_limited_and_logged(deployment: Deployment) -> None:
+    async with FakeEngine() as engine:
+        await deployment.bootstrap()
+        one, other = await deployment.proxy("p1"), await deployment.proxy("p2")
+        worker = await external(deployment, "w1", engine)
+        for proxy in (one, other):
+            await deployment.until_ready(proxy, worker)
+        made = await mesh(
+            deployment.home, one, "endpoint", "create", "chat", "--project", "search", "--model", "fake", "--timeout", "30s", "--rps", "50"
+        )
+        assert (made["limits"], made["timeout_s"], made["seq"]) == ({"rps": 50}, 30, 1)
+        key = deployment.key(project="search")
+
+        async def listed() -> bool:
+            return "chat" in await deployment.models(other, key)
+
+        await until(listed, what="the other proxy to hear of it")
+        client = openai.AsyncOpenAI(base_url=other.api, api_key=key, max_retries=0)
+        called = await client.chat.completions.with_raw_response.create(model="chat", messages=MESSAGES, max_tokens=8)
+        assert called.parse().model == "fake", "what answered"
+        assert called.headers["x-ratelimit-limit-requests"] == "50"
+        with pytest.raises(openai.NotFoundError):
+            await openai.AsyncOpenAI(base_url=one.api, api_key=deployment.key(project="ads"), max_retries=0).models.retrieve("chat")
+
+        await mesh(deployment.home, other, "endpoint", "set", "chat", "--project", "search", "--rps", "none", "--tokens-per-day", "10")
+        with pytest.raises(openai.RateLimitError) as spent:
+            await client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=500)
+        assert (spent.value.code, spent.value.response.headers["x-should-retry"]) == ("insufficient_quota", "false")
+        assert 0 < float(spent.value.response.headers["retry-after"]) <= 86_400
+        assert "the endpoint 'chat'" in spent.value.message
+
+        engine.tokens_per_s = 2.0
+        await mesh(
+            deployment.home, other, "endpoint", "set", "chat", "--project", "search", "--tokens-per-day", "none", "--timeout", "500ms"
+        )
+        with pytest.raises(openai.InternalServerError) as late:
+            await client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=100)
+        assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+        engine.tokens_per_s = None
+        await client.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=8)
+
+        async def written() -> bool:
+            code, output, errors = await command(
+                deployment.home, "logs", "--endpoint", "chat", "--since", "10m", "--all", "--url", one.root, "--json"
+            )
+            assert code == 0, errors
+            lines = [json.loads(line) for line in output.splitlines()]
+            told = [(line["endpoint"], line["model"], line["status"]) for line in lines]
+            return told == [("chat", "fake", status) for status in ("ok", "insufficient_quota", "deadline_exceeded")]
+
+        await until(written, what="all calls of the endpoint in the log, and no other")
+        used = await mesh(deployment.home, one, "usage", "--all", "--by", "endpoint", "--since", "10m")
+        assert {row["endpoint"]: row["requests"] for row in used["data"]} == {"": 1, "chat": 3}
+        shown = await mesh(deployment.home, one, "endpoint", "show", "chat", "--project", "search")
+        assert (shown["ready"], shown["seq"], shown["signer"]) == (True, 3, "keys-1")
+        await mesh(deployment.home, one, "endpoint", "delete", "chat", "--project", "search")
+
+        async def gone() -> bool:
+            return "chat" not in await deployment.models(other, key)
+
+        await until(gone, what="the other proxy to hear that it is gone")
+        with pytest.raises(openai.NotFoundError) as missing:
+            await client.chat.completions.create(model="chat", messages=MESSAGES)
+        assert missing.value.code == "model_not_found"
+        await client.close()
+        again = await mesh(deployment.home, one, "endpoint", "create", "chat", "--project", "search", "--model", "fake")
+        assert again["seq"] == 5, "what is gone can be made again; its versions go on"
+
+
+async def test_deployers_make_endpoints_of_their_project_and_nobody_else_does(deployment: Deployment, tmp_path: Path) -> None:
+    await deployment.bootstrap()
+    proxy = await deployment.proxy()
+    for name, role in (("deployer", "deployer"), ("caller", "invoker")):
+        bounds = ("--project", "search", "--role", role, "--role", "viewer", "--may", "document", "--may", "key")
+        file = tmp_path / f"{name}.issuer"
+        await mesh(deployment.home, proxy, "issuer", "create", name, *bounds, "--out", str(file))
+        code, _, errors = await command(tmp_path / name, "issuer", "import", str(file))
+        assert code == 0, errors
+    create = ("endpoint", "create", "chat", "--model", "fake", "--url", proxy.root)
+    code, _, errors = await command(tmp_path / "caller", *create, "--project", "search")
+    assert (code, "document_refused" in errors, "role deployer" in errors) == (1, True, True), errors
+    code, _, errors = await command(tmp_path / "deployer", *create, "--project", "ads")
+    assert (code, "document_refused" in errors, "outside the projects" in errors) == (1, True, True), errors
+    made = await mesh(tmp_path / "deployer", proxy, "endpoint", "create", "chat", "--model", "fake", "--project", "search")
+    assert made["seq"] == 1
+    for home in ("deployer", "caller"):
+        listed = await mesh(tmp_path / home, proxy, "endpoint", "list")
+        assert [(entry["name"], entry["ready"]) for entry in listed["endpoints"]] == [("chat", False)], "whoever may look sees it"
+    told = await mesh(deployment.home, proxy, "issuer", "retire", "deployer")
+    assert (told["published"], told["signed_again"]) == (True, 1)
+
+    async def gone() -> bool:
+        status, told = await deployment.get(f"{proxy.root}/mesh/v1/endpoints", deployment.key("viewer", project="search"))
+        assert status == 200
+        return [entry["signer"] for entry in told["endpoints"]] == ["keys-1"]
+
+    await until(gone, what="what the retired issuer signed to be signed by another")
