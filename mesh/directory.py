@@ -148,9 +148,13 @@ class Directory:
         records = await self._find_index("role", str(role))
         return [record for record in records if record.role == role]
 
-    async def find_model(self, model: str) -> list[Record]:
-        """All live workers that are ready to serve ``model``."""
-        records = await self._find_index("model", model)
+    async def find_model(self, model: str, *, on_record: OnChange | None = None) -> list[Record]:
+        """All live workers that are ready to serve ``model``: the newest record of each.
+
+        ``on_record`` is called with each verified record as it comes, so that the first can be used at once; an older one of the same
+        worker may come before a newer.
+        """
+        records = await self._find_index("model", model, on_record=on_record)
         return [record for record in records if record.serves(model)]
 
     def known(self, role: Role) -> list[Record]:
@@ -287,11 +291,18 @@ class Directory:
 
     # reading
 
-    async def _find_index(self, kind: str, name: str) -> list[Record]:
-        return self._merge(record for read in await self._read_index(kind, name) for record in read.records)
+    async def _find_index(self, kind: str, name: str, *, on_record: OnChange | None = None) -> list[Record]:
+        reads = await self._read_index(kind, name, on_record=on_record)
+        return self._merge(record for read in reads for record in read.records)
 
     async def _read_index(
-        self, kind: str, name: str, *, known: dict[bytes, list[Record]] | None = None, patience: float = 1.0
+        self,
+        kind: str,
+        name: str,
+        *,
+        known: dict[bytes, list[Record]] | None = None,
+        patience: float = 1.0,
+        on_record: OnChange | None = None,
     ) -> list[_Read]:
         """``known`` has, by key, records of an earlier reading; what is not newer is not fetched again.
 
@@ -304,15 +315,19 @@ class Directory:
         while wave and (left_s := deadline - self._clock.monotonic()) > 0:
             timeout_s = min(left_s, look_up_s)
             keys = [directory_key(kind, name, shard) for shard in wave]
-            done = await asyncio.gather(*(self._read(key, timeout_s, (known or {}).get(key, [])) for key in keys))
+            reading = [self._read(key, timeout_s, (known or {}).get(key, []), on_record) for key in keys]
+            done = await asyncio.gather(*reading) if len(reading) > 1 else [await reading[0]]
             reads |= zip(wave, done, strict=True)
             wave = [shard for shard in _under(reads) if shard not in reads]
         self._shards[index] = dict.fromkeys(_under(reads))
         return list(reads.values())
 
-    async def _read(self, key: bytes, timeout_s: float, known: Sequence[Record] = ()) -> _Read:
-        """What the network and we ourselves hold under a key."""
+    async def _read(self, key: bytes, timeout_s: float, known: Sequence[Record] = (), on_record: OnChange | None = None) -> _Read:
+        """What we ourselves and the network hold under a key; ``on_record`` hears of each record as soon as it is verified."""
         found: dict[bytes, Record] = {}
+        if on_record is not None:
+            for held in self.node.store.live(key, self._clock.monotonic()):
+                on_record(self.node.local(held))
 
         def accept(data: bytes, remaining_s: float, source: bytes) -> Record | None:
             try:
@@ -323,6 +338,8 @@ class Directory:
             known = found.get(data)
             if known is None or record.expires > known.expires:
                 found[data] = record
+                if on_record is not None:
+                    on_record(record)
             return record
 
         outcome = await self.node.crawl(key, accept=accept, timeout_s=timeout_s, known=known)
@@ -337,10 +354,7 @@ class Directory:
 
     async def _sweep(self, sweep: _Sweep) -> float:
         """Keep the view of a role: read all of it, renew the watch, wait. A large view is read a few times in a record's life."""
-        reads = await self._read_index("role", str(sweep.role), known=sweep.known, patience=_SWEEP_PATIENCE)
-        for read in reads:
-            for record in self._merge(read.records):
-                self.observe(record)
+        reads = await self._read_index("role", str(sweep.role), known=sweep.known, patience=_SWEEP_PATIENCE, on_record=self.observe)
         sweep.known = self._still_known(sweep.role, sweep.known, reads)
         await self.node.watch({read.key: read.nearest for read in reads})
         view = self._views[sweep.role].records

@@ -58,6 +58,7 @@ class Collector:
         self._waiting: dict[Contact, bytes] = {}
         self._fetching: dict[Contact, asyncio.TimerHandle] = {}
         self._whole = False
+        self._stopped = False
         self._news = 0
         self._last = b""
         self.records: dict[bytes, int] = {}
@@ -75,6 +76,7 @@ class Collector:
         return bool(self._fetching or self._waiting)
 
     def stop(self) -> None:
+        self._stopped = True
         for timer in self._fetching.values():
             timer.cancel()
         self._fetching.clear()
@@ -137,24 +139,23 @@ class Collector:
 
     def _fetch(self, contact: Contact, page: int, after: bytes) -> None:
         have = b"".join(self._tags()[-MAX_TAGS:])
-        future = self._protocol.request(
-            contact.address, Op.FIND_VALUE, msgpack.packb([self._key, after, False, have, 0]), node_id=contact.id
-        )
+        body = msgpack.packb([self._key, after, False, have, 0])
+        self._protocol.ask(contact.address, Op.FIND_VALUE, body, partial(self._on_reply, contact, page), node_id=contact.id)
         patience_s = _PATIENCE * self._memory.patience_s(contact.id)
         loop = asyncio.get_running_loop()
         self._fetching[contact] = loop.call_later(patience_s, self._late, contact)
-        future.add_done_callback(partial(self._on_reply, contact, page))
 
     def _late(self, contact: Contact) -> None:
         if self._fetching.pop(contact, None) is not None:
             self._start()
             self._on_change()
 
-    def _on_reply(self, contact: Contact, page: int, future: asyncio.Future[Reply | None]) -> None:
+    def _on_reply(self, contact: Contact, page: int, reply: Reply | None) -> None:
+        if self._stopped:
+            return
         timer = self._fetching.pop(contact, None)
         if timer is not None:
             timer.cancel()
-        reply = None if future.cancelled() else future.result()
         after = None if reply is None else self._digest(contact, reply)
         if after is not None and page < _MAX_PAGES:
             self._fetch(contact, page + 1, after)

@@ -5,6 +5,8 @@
 * Disjoint: beside the main path, which follows every hint, run a few that share nothing. A node belongs to the path that first
   heard of it, and a path knows only what its own nodes told it: a liar spoils the main path and one other.
 * What a path learns from a peer whose other hints proved worthless goes to the end of the queue.
+* One request for each turn of the event loop, the nearest first: the first answer is read before the last question is sent, and
+  whatever else the process does never waits for a volley.
 * Done when the nearest `width` nodes not known dead have answered; or at the deadline, with what there is.
 """
 
@@ -82,6 +84,12 @@ class _Path:
         self._order: list[int] = []
         self._contacts: list[Contact] = []
 
+    def append(self, contact: Contact, distance: int) -> None:
+        """One to begin with, which nobody told us of, farther than those before."""
+        self._order.append(distance)
+        self._contacts.append(contact)
+        self.tellers[contact.id] = b""
+
     def add(self, contact: Contact, distance: int, teller: bytes) -> None:
         if contact.id in self.tellers or (len(self._order) >= _MAX_CANDIDATES and distance >= self._order[-1]):
             return
@@ -120,7 +128,7 @@ class Crawl:
         self._goal = int.from_bytes(key)
         self._collector: Collector | None = None
         if accept is not None:
-            self._collector = Collector(protocol, memory, clock, key=key, accept=accept, known=known, on_change=self._pump)
+            self._collector = Collector(protocol, memory, clock, key=key, accept=accept, known=known, on_change=self._wait_a_turn)
         self._width = width or config.read_width
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []
@@ -129,6 +137,8 @@ class Crawl:
         self._worthless: dict[bytes, int] = {}
         self._began = clock.monotonic()
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
+        self._asked_now = False
+        self._turn: asyncio.Handle | None = None
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     async def run(self, seeds: Sequence[Contact], *, timeout_s: float) -> Outcome:
@@ -138,13 +148,17 @@ class Crawl:
         self._paths = [_Path(number, -(-self._width // count) + 1, self._config.alpha) for number in range(count)]
         self._main.width, self._main.alpha = self._width, self._config.alpha * count
         for at, contact in enumerate(seeds):
-            self._hear(self._paths[at % count], contact, b"")
+            path = self._belongs[contact.id] = self._paths[at % count]
+            path.append(contact, self._distance(contact))
+            self._main.append(contact, self._distance(contact))
         deadline = asyncio.get_running_loop().call_later(timeout_s, self._finish, False)
         self._pump()
         try:
             complete = await self._done
         finally:
             deadline.cancel()
+            if self._turn is not None:
+                self._turn.cancel()
             for timer in self._timers.values():
                 timer.cancel()
             self._finish(False)
@@ -176,15 +190,32 @@ class Crawl:
             self._done.set_result(complete)
 
     def _pump(self) -> None:
-        """Ask whoever should be asked now; finish when there is nobody left to ask or wait for."""
+        """Ask whoever should be asked first; finish when there is nobody left to ask or wait for."""
         if self._done.done():
             return
+        self._asked_now = False
         waiting = False
         for path in (self._main, *self._paths):
             waiting = self._pump_path(path) or waiting
+            if self._asked_now:
+                self._wait_a_turn(two=len(self._hops) == 1)
+                return
         busy = self._collector is not None and self._collector.busy
         if not waiting and not busy and not self._wants_latecomers():
             self._finish(True)
+
+    def _wait_a_turn(self, *, two: bool = False) -> None:
+        """Pump with the next turn of the loop. After the first request with the one after it: a holder on this machine has answered then,
+        before anybody else is asked."""
+        if self._turn is None and not self._done.done():
+            self._turn = asyncio.get_running_loop().call_soon(self._next_turn, two)
+
+    def _next_turn(self, again: bool) -> None:
+        self._turn = None
+        if again:
+            self._wait_a_turn()
+        else:
+            self._pump()
 
     def _wants_latecomers(self) -> bool:
         """With too few answers even a late node is worth its whole deadline."""
@@ -192,7 +223,7 @@ class Crawl:
         return fates.count(Fate.ANSWERED) < self._config.holders and Fate.LATE in fates
 
     def _pump_path(self, path: _Path) -> bool:
-        """True while the path has something to wait for.
+        """Ask at most one; true while the path has something to wait for.
 
         Each node that kept this path waiting lets it ask one more than it needs: where many have just died, the next to be tried may be
         dead too, and waiting for one after the other is what makes a look-up slow.
@@ -205,7 +236,8 @@ class Crawl:
                 if path.in_flight >= path.alpha:
                     return waiting or needed
                 self._ask(contact, path)
-                waiting = waiting or needed
+                self._asked_now = True
+                return True
             elif hop.fate is Fate.WAITING:
                 waiting = waiting or needed
         return waiting
@@ -234,22 +266,20 @@ class Crawl:
         else:
             parts = 0 if self._collector.knows_some else _FIRST_PARTS
             op, body = Op.FIND_VALUE, msgpack.packb([self._key, b"", True, b"", parts])
-        future = self._protocol.request(contact.address, op, body, node_id=contact.id)
+        self._protocol.ask(contact.address, op, body, partial(self._on_reply, hop, path), node_id=contact.id)
         patience_s = self._memory.patience_s(contact.id)
         self._timers[contact.id] = asyncio.get_running_loop().call_later(patience_s, self._late, hop, path)
-        future.add_done_callback(partial(self._on_reply, hop, path))
 
     def _late(self, hop: Hop, path: _Path) -> None:
         if hop.fate is Fate.WAITING:
             hop.fate = Fate.LATE
             path.in_flight -= 1
             path.late += 1
-            self._pump()
+            self._wait_a_turn()
 
-    def _on_reply(self, hop: Hop, path: _Path, future: asyncio.Future[Reply | None]) -> None:
-        if future.cancelled() or self._done.done():
+    def _on_reply(self, hop: Hop, path: _Path, reply: Reply | None) -> None:
+        if self._done.done():
             return
-        reply = future.result()
         if hop.fate is Fate.WAITING:
             path.in_flight -= 1
         self._timers.pop(hop.contact.id).cancel()
@@ -259,7 +289,7 @@ class Crawl:
             self._blame(hop.contact)
         else:
             self._digest(hop, reply)
-        self._pump()
+        self._wait_a_turn()
 
     def _blame(self, contact: Contact) -> None:
         teller = self._main.tellers.get(contact.id)

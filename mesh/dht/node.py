@@ -43,6 +43,7 @@ log = structlog.get_logger(__name__)
 _RESOLVE_S = 3.0
 _JOIN_AT_ONCE = 16
 _SEEDS = 24
+_NEAR_ENOUGH = 3
 _LONG_LOST_S = 20.0
 _REUNITE_EVERY_S = 5.0
 _KEYS_REMEMBERED = 1_024
@@ -93,7 +94,7 @@ class DhtNode:
             welcomes=identity.role == Role.BOOTSTRAP,
         )
         self.tasks = Tasks()
-        self.publisher = Publisher(self.protocol, self.memory, config, clock, rng, self.tasks, self.walk)
+        self.publisher = Publisher(self.protocol, self.memory, config, clock, rng, self.tasks, self.walk, self.guess)
         remembers = identity.role in (Role.BOOTSTRAP, Role.PROXY)
         self.documents = DocumentStore(identity.trust, state_dir if remembers else None)
         self.exchange = Exchange(
@@ -215,6 +216,14 @@ class DhtNode:
         found = {contact.id: contact for contact in self._nearest.get(key, [])}
         found.update((contact.id, contact) for contact in good)
         return list(found.values()) or self.table.nearest(key, _SEEDS)
+
+    def guess(self, key: bytes, count: int) -> list[Contact]:
+        """The ``count`` nodes of our table nearest to ``key``, if they stand about as near as the nearest of the whole network do."""
+        found = self.table.nearest(key, count, accept=lambda contact: not self.memory.failing(contact.id))
+        if len(found) < count:
+            return []
+        usual = (count << ID_BITS) // self.table.estimate_nodes()
+        return found if found[-1].long_id ^ int.from_bytes(key) <= _NEAR_ENOUGH * usual else []
 
     async def walk(self, key: bytes) -> list[Contact]:
         """The live nodes nearest to ``key``, nearest first."""

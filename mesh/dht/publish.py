@@ -1,7 +1,10 @@
 """Keeping our own record with its holders.
 
 A refresh is one datagram to each remembered holder. Only when holders are lost, or say that others stand nearer to the key,
-is the network walked again, and then behind the refresh, not before it.
+is the network walked again, and then behind the refresh, not before it. A new key goes at once to the nodes of our own table that stand
+nearest to it, if the table can know them; the walk that finds whom it does not know follows.
+
+`publish` returns once so many holders have accepted each key; the others are heard behind its back.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import msgpack
 
@@ -22,7 +26,7 @@ from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
 from mesh.dht.routing import Contact
 from mesh.dht.rpc import Reply
-from mesh.dht.storage import Verdict, is_material
+from mesh.dht.storage import Verdict, ends_sooner, is_material
 from mesh.dht.tasks import Tasks
 from mesh.records import Record, directory_key
 
@@ -34,6 +38,8 @@ _GOOD = (Verdict.ACCEPTED, Verdict.WITHDRAWN)
 
 Walk = Callable[[bytes], Awaitable[list[Contact]]]
 """From a key to the nodes nearest to it."""
+Guess = Callable[[bytes, int], list[Contact]]
+"""The same, so many, from the table alone; none if it cannot know them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +57,11 @@ class _Place:
     rounds: int = 0
     gave: dict[bytes, tuple[Contact, float]] = field(default_factory=dict)
     """Whoever took a record of ours, and until when (monotonic) they may still hold it."""
+
+    def ordered(self) -> list[Contact]:
+        """The holders, nearest first."""
+        goal = int.from_bytes(self.key)
+        return sorted(self.holders.values(), key=lambda contact: contact.long_id ^ goal)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +86,7 @@ class Publisher:
         rng: random.Random,
         tasks: Tasks,
         walk: Walk,
+        guess: Guess,
     ) -> None:
         self._protocol = protocol
         self._memory = memory
@@ -83,6 +95,8 @@ class Publisher:
         self._rng = rng
         self._tasks = tasks
         self._walk = walk
+        self._guess = guess
+        self._patched = (b"", b"", b"")
         self._places: dict[bytes, _Place] = {}
         self._indexes: dict[tuple[str, str], _Index] = {}
         self._record: Record | None = None
@@ -104,7 +118,7 @@ class Publisher:
         most = self._config.holders + self._config.spares
         for place in self._places.values():
             goal = int.from_bytes(place.key)
-            ordered = sorted(place.holders.values(), key=lambda holder: holder.long_id ^ goal)
+            ordered = place.ordered()
             if contact.id in place.holders or place.full or not place.wanted:
                 continue
             if len(ordered) < most or contact.long_id ^ goal < ordered[most - 1].long_id ^ goal:
@@ -119,7 +133,7 @@ class Publisher:
             await asyncio.gather(*(self._refill(self._record, place) for place in list(self._places.values())))
 
     async def publish(self, record: Record) -> int:
-        """Store a signed record; returns how many holders have accepted it under each of its keys (the least of them)."""
+        """Store a signed record; returns how many holders have accepted it so far under each of its keys (the least of them)."""
         former, self._record = self._record, record
         now = self._clock.monotonic()
         pause_s, self._called_at = now - self._called_at, now
@@ -129,7 +143,12 @@ class Publisher:
             for place in self._places.values():
                 place.rounds = 0  # news goes to every holder
         self._sent_at = self._clock.monotonic()
-        self._accepted = await self._publish(record)
+        enough: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        whole = self._tasks.start(self._publish(record, None if ends_sooner(former, record) else enough), name="directory publish")
+        if whole is None:
+            return 0
+        await asyncio.wait({whole, enough}, return_when=asyncio.FIRST_COMPLETED)
+        self._accepted = enough.result() if enough.done() else whole.result()
         return self._accepted
 
     def _may_wait(self, record: Record, pause_s: float) -> bool:
@@ -137,14 +156,15 @@ class Publisher:
         elapsed_s = self._clock.monotonic() - self._sent_at
         return self.unhurried and elapsed_s + pause_s <= _REFRESH_SHARE * (record.expires - record.issued)
 
-    async def _publish(self, record: Record) -> int:
+    async def _publish(self, record: Record, enough: asyncio.Future[int] | None) -> int:
+        """All of it; ``enough`` is set earlier, once each index has its quorum. A good-bye has none: every holder should hear it before
+        its node is gone."""
         wanted = {pair: self._indexes.setdefault(pair, _Index(*pair)) for pair in indexes(record)}
         gone = [pair for pair in self._indexes if pair not in wanted]
         withdrawn = [place for pair in gone for place in self._withdraw(self._indexes.pop(pair), record)]
         places = [self._place(index, record) for index in wanted.values()]
-        missing = [place for place in places if not place.holders]
-        await asyncio.gather(*(self._find_holders(place) for place in missing))
-        accepted = await self._store(record, places + withdrawn)
+        await self._settle(places)
+        accepted = await self._store(record, places + withdrawn, [place.key for place in places], enough)
         for place in withdrawn:
             self._places.pop(place.key, None)
         for index in wanted.values():
@@ -159,9 +179,9 @@ class Publisher:
 
     async def _publish_deeper(self, record: Record, deeper: list[_Index]) -> dict[bytes, int]:
         accepted: dict[bytes, int] = {}
-        while deeper:
+        while deeper and self._record is record:
             places = [self._place(index, record) for index in deeper]
-            await asyncio.gather(*(self._find_holders(place) for place in places if not place.holders))
+            await self._settle(places)
             accepted |= await self._store(record, places)
             deeper = [index for index in deeper if self._go_deeper(index, record)]
         return accepted
@@ -197,6 +217,16 @@ class Publisher:
         if accepted[above.key] and index.level == level + 1:
             index.level, above.full = level, 0
 
+    async def _settle(self, places: list[_Place]) -> None:
+        """Give each place holders: those we know of, or else those a walk finds."""
+        most = self._config.holders + self._config.spares
+        for place in places:
+            if not place.holders and (guessed := self._guess(place.key, most)):
+                place.holders = {contact.id: contact for contact in guessed}
+                place.wanted = len(guessed)
+                place.walk_at = self._clock.monotonic() + self._config.refresh_s * self._rng.uniform(0.1, 0.9)
+        await asyncio.gather(*(self._find_holders(place) for place in places if not place.holders))
+
     async def _find_holders(self, place: _Place) -> list[Contact]:
         """Walk to the key; returns who became a holder."""
         if place.walking:
@@ -215,8 +245,7 @@ class Publisher:
 
     def _due(self, place: _Place) -> list[Contact]:
         """The holders of this round: the nearest each time, the spares every other time; of news, whoever may hold an older record."""
-        goal = int.from_bytes(place.key)
-        ordered = sorted(place.holders.values(), key=lambda contact: contact.long_id ^ goal)
+        ordered = place.ordered()
         place.rounds += 1
         if place.rounds == 1:
             now = self._clock.monotonic()
@@ -224,29 +253,48 @@ class Publisher:
             return ordered + [contact for contact, _ in place.gave.values() if contact.id not in place.holders]
         return ordered if place.rounds % 2 else ordered[: self._config.holders]
 
-    async def _store(self, record: Record, places: Iterable[_Place]) -> dict[bytes, int]:
-        """Send the record to the holders of ``places``; returns acceptances by key once it is clear enough."""
-        by_holder: dict[bytes, tuple[Contact, list[_Place]]] = {}
+    async def _store(
+        self, record: Record, places: Iterable[_Place], keys: Iterable[bytes] = (), enough: asyncio.Future[int] | None = None
+    ) -> dict[bytes, int]:
+        """Send the record to the holders of ``places``; returns acceptances by key once it is clear enough. ``enough`` is set as soon as
+        each of ``keys`` has its quorum.
+
+        One datagram for each turn of the event loop, the nearest holders first: the first have answered before the last is written to.
+        """
         accepted: dict[bytes, int] = {}
+        due: list[list[tuple[Contact, _Place]]] = []
         for place in places:
             place.full = 0
             accepted[place.key] = 0
-            for contact in self._due(place):
-                by_holder.setdefault(contact.id, (contact, []))[1].append(place)
-        stores = [
-            self._tasks.start(self._store_at(record, contact, some, accepted), name="directory store")
-            for contact, theirs in by_holder.values()
-            for some in _chunks(theirs)
-        ]
-        waiting = {task for task in stores if task is not None}
+            due.append([(contact, place) for contact in self._due(place)])
+        by_holder: dict[bytes, tuple[Contact, list[_Place]]] = {}
+        for contact, place in _in_turn(due):
+            by_holder.setdefault(contact.id, (contact, []))[1].append(place)
+        quorum = self._config.publish_quorum
+
+        def is_enough() -> bool:
+            return all(count >= quorum for count in accepted.values())
+
+        async def store_at(contact: Contact, some: list[_Place]) -> None:
+            await self._store_at(record, contact, some, accepted)
+            if enough is not None and not enough.done() and (least := min(map(accepted.__getitem__, keys), default=0)) >= quorum:
+                enough.set_result(least)
+
         patience_s = max((self._memory.patience_s(node_id) for node_id in by_holder), default=0.0)
         until = self._clock.monotonic() + patience_s
-        while waiting:
-            enough = all(count >= self._config.publish_quorum for count in accepted.values())
-            left_s = until - self._clock.monotonic()
-            if enough and left_s <= 0:
-                break
-            _, waiting = await asyncio.wait(waiting, timeout=left_s if enough else None, return_when=asyncio.FIRST_COMPLETED)
+        waiting = set[asyncio.Task[None]]()
+        for contact, theirs in by_holder.values():
+            if self._record is not None and self._record.order > record.order:
+                break  # a newer one is under way
+            for some in _chunks(theirs):
+                task = self._tasks.start(store_at(contact, some), name="directory store")
+                if task is not None:
+                    waiting.add(task)
+                await asyncio.sleep(0)
+        if waiting:
+            _, waiting = await asyncio.wait(waiting, timeout=max(0.0, until - self._clock.monotonic()))
+        while waiting and not is_enough():
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         return accepted
 
     async def _store_at(self, record: Record, contact: Contact, places: list[_Place], accepted: dict[bytes, int]) -> None:
@@ -282,7 +330,7 @@ class Publisher:
                 if self._protocol.sessions.by_node(contact.id) is None:
                     return None
             patched = former and former != record.signed
-            base, data = (base_of(former), encode_patch(former, record.signed)) if patched else (b"", record.signed)
+            base, data = (base_of(former), self._patch(former, record.signed)) if patched else (b"", record.signed)
             body = msgpack.packb([keys, self._remaining_ms(record), base, data])
             reply = await self._protocol.request(contact.address, Op.STORE, body, node_id=contact.id)
             if reply is not None and Verdict.UNKNOWN_BASE in _read_store_reply(reply, len(keys))[0]:
@@ -291,6 +339,12 @@ class Publisher:
             if reply is not None or self._protocol.sessions.by_node(contact.id) is not None:
                 return reply
         return None
+
+    def _patch(self, former: bytes, data: bytes) -> bytes:
+        """Most holders took the same record last."""
+        if self._patched[:2] != (former, data):
+            self._patched = (former, data, encode_patch(former, data))
+        return self._patched[2]
 
     def _remaining_ms(self, record: Record) -> int:
         return max(0, int((record.expires - self._clock.wall()) * 1000))
@@ -313,6 +367,12 @@ class Publisher:
         fresh = await self._find_holders(place)
         current = self._record if self._record is not None and self._record.order >= record.order else record
         await asyncio.gather(*(self._store_at(current, contact, [place], {place.key: 0}) for contact in fresh))
+
+
+def _in_turn(due: list[list[tuple[Contact, _Place]]]) -> Iterator[tuple[Contact, _Place]]:
+    """The nearest holder of each place, then the second of each, and so on."""
+    for row in zip_longest(*due):
+        yield from (each for each in row if each is not None)
 
 
 def _chunks(places: list[_Place]) -> list[list[_Place]]:

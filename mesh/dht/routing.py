@@ -6,7 +6,6 @@ Only nodes that proved key, membership and address are added; `protocol` sees to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from heapq import nsmallest
 
 from kademlia.node import Node
 from kademlia.routing import KBucket, RoutingTable
@@ -82,6 +81,8 @@ class Bucket(KBucket):  # type: ignore[misc]
 
     def __init__(self, low: int, high: int, k: int) -> None:
         super().__init__(low, high, k, replacementNodeFactor=_REPLACEMENTS)
+        self.low = low
+        self.bits = (high - low).bit_length()
         self.touched = float("-inf")
 
     def halves(self) -> tuple[Bucket, Bucket]:
@@ -223,18 +224,13 @@ class Table(RoutingTable):  # type: ignore[misc]
         distance until enough contacts are in hand.
         """
         goal = int.from_bytes(target)
-
-        def smallest(bucket: Bucket) -> int:
-            low, high = bucket.range
-            bits = (high - low).bit_length()
-            return ((low ^ goal) >> bits) << bits
-
         found: list[Contact] = []
-        for bucket in sorted(self.buckets, key=smallest):
-            inside = [contact for contact in bucket.nodes.values() if accept(contact)]
-            found += nsmallest(count - len(found), inside, key=lambda contact: contact.long_id ^ goal)
-            if len(found) >= count:
-                break
+        for bucket in sorted(self.buckets, key=lambda bucket: (bucket.low ^ goal) >> bucket.bits << bucket.bits):
+            for contact in sorted(bucket.nodes.values(), key=lambda contact: contact.long_id ^ goal):
+                if accept(contact):
+                    found.append(contact)
+                    if len(found) >= count:
+                        return found
         return found
 
     def estimate_nodes(self) -> int:

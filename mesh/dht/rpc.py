@@ -89,6 +89,7 @@ class ProveFirst(MeshError):
     """This request is answered only at a proven address."""
 
 
+OnReply = Callable[[Reply | None], None]
 Handler = Callable[[Request], list[list[Any]]]
 """From a request to the bodies of its reply's parts. Raises `TrustError` for a malformed body, `ProveFirst`."""
 
@@ -114,8 +115,9 @@ class _Pending:
     node_id: bytes | None
     kind: int
     body: bytes
-    future: asyncio.Future[Reply | None]
+    on_reply: OnReply
     sent_at: float
+    done: bool = False
     counters: list[int] = field(default_factory=list)
     macs: list[bytes] = field(default_factory=list)
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
@@ -196,23 +198,33 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
             self._finish(pending, None)
 
     def request(self, address: Address, kind: int, body: bytes, *, node_id: bytes | None = None) -> asyncio.Future[Reply | None]:
-        """Ask a peer; the future is None if it does not answer by its hard deadline. Never raises for what the network does.
+        """As `ask`, for waiting on."""
+        future: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+
+        def settle(reply: Reply | None) -> None:
+            if not future.done():
+                future.set_result(reply)
+
+        self.ask(address, kind, body, settle, node_id=node_id)
+        return future
+
+    def ask(self, address: Address, kind: int, body: bytes, on_reply: OnReply, *, node_id: bytes | None = None) -> None:
+        """Ask a peer. ``on_reply`` is called once, in the moment its reply is read, or with None if it does not answer by its hard
+        deadline; never before this returns. Never raises for what the network does.
 
         A silent peer is asked a second time, after its usual patience. With ``node_id`` only that node's reply counts.
         """
-        future: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
-        pending = _Pending(address=address, node_id=node_id, kind=kind, body=body, future=future, sent_at=self.clock.monotonic())
+        pending = _Pending(address=address, node_id=node_id, kind=kind, body=body, on_reply=on_reply, sent_at=self.clock.monotonic())
         if len(body) > MAX_REQUEST_BODY_BYTES or not is_dialable(*address) or len(self._outstanding) > _MAX_OUTSTANDING:
             self.counts.add("unsendable")
-            future.set_result(None)
-            return future
+            self._give_up(pending)
+            return
         loop = asyncio.get_running_loop()
         pending.timers = [
             loop.call_later(self.memory.patience_s(node_id), self._send_again, pending),
             loop.call_later(self.memory.deadline_s(node_id), self._timed_out, pending),
         ]
         self._send_request(pending)
-        return future
 
     def notify(self, session: Session, address: Address, kind: int, body: bytes) -> None:
         """Tell a peer something it need not answer."""
@@ -230,7 +242,7 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
             header = self.sealer.header(counter, now)
         except DirectoryError as error:
             self.counts.refuse("no_network_key", error, now=self.clock.monotonic())
-            self._finish(pending, None)
+            self._give_up(pending)
             return
         flags, extra = (MAC, b"") if session is not None else (INTRO, _with_length(self.sessions.introduction))
         if session is not None and session.cookie:
@@ -242,14 +254,14 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
             plain += code
         if len(plain) + HEADER.size + TAG_BYTES > MAX_DATAGRAM_BYTES:
             self.counts.add("unsendable")  # a body this long needs a session first; see `introduce`
-            self._finish(pending, None)
+            self._give_up(pending)
             return
         pending.counters.append(counter)
         self._outstanding[counter] = pending
         self._transmit(self.sealer.seal(header, plain, now, to=pending.node_id or b""), pending.address)
 
     def _send_again(self, pending: _Pending) -> None:
-        if not pending.future.done() and not pending.parts:
+        if not pending.done and not pending.parts:
             self.counts.add("retransmissions")
             self._send_request(pending)
 
@@ -268,8 +280,15 @@ class SealedRpc(RPCProtocol):  # type: ignore[misc]
             timer.cancel()
         for counter in pending.counters:
             self._outstanding.pop(counter, None)
-        if not pending.future.done():
-            pending.future.set_result(reply)
+        if not pending.done:
+            pending.done = True
+            pending.on_reply(reply)
+
+    def _give_up(self, pending: _Pending) -> None:
+        """It cannot be sent: say so, but not before the asker has its hands free."""
+        for timer in pending.timers:
+            timer.cancel()
+        asyncio.get_running_loop().call_soon(self._finish, pending, None)
 
     def _reply(self, pending: _Pending, *, complete: bool) -> Reply:
         return Reply(

@@ -302,9 +302,14 @@ def covered(tag: bytes, tags: Mapping[bytes, int]) -> bool:
     return last is not None and (last - tag[-1]) % 256 < 128
 
 
+def ends_sooner(former: Record | None, record: Record) -> bool:
+    """Whether its owner takes back what it said: a good-bye."""
+    return former is not None and record.expires + _EARLIER_S < former.expires
+
+
 def is_material(former: Record, record: Record) -> bool:
     """Whether a newer record says anything but "still here": what watchers are told at once. An early end is news too."""
-    if record.expires + _EARLIER_S < former.expires:
+    if ends_sooner(former, record):
         return True
     return (former.state, former.boot, former.models, former.addresses, former.capability, former.api) != (
         record.state,

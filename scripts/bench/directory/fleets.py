@@ -21,7 +21,7 @@ import structlog  # noqa: E402
 import uvloop  # noqa: E402
 from kademlia.network import Server  # noqa: E402
 
-from bench.directory.workload import Plan, drive  # noqa: E402
+from bench.directory.workload import First, Plan, drive  # noqa: E402
 from mesh.clock import SystemClock  # noqa: E402
 from mesh.directory import Directory, DirectoryConfig  # noqa: E402
 from mesh.records import ModelEntry, Record, State, seal_record  # noqa: E402
@@ -35,7 +35,8 @@ JOIN_AT_ONCE = 8
 
 class Ours:
     """Workers, each announcing itself and refreshing its record all the while as in a real mesh. A key is a model that one of them
-    begins to serve: storing it is publishing, looking it up is `Directory.find_model`. Nothing is shared between nodes."""
+    begins to serve: storing it is publishing, looking it up is `Directory.find_model`; its first answer is the first record that has been
+    verified. Nothing is shared between nodes."""
 
     def __init__(self, plan: Plan) -> None:
         self.name = "infermesh"
@@ -103,9 +104,22 @@ class Ours:
             self._models[node].append(f"model-{key}")
             return await self._directories[node].publish(self._record(node)) > 0
 
-    async def get(self, node: int, key: int) -> bool:
-        records = await self._directories[node].find_model(f"model-{key}")
-        return [record.node_id for record in records] == [self._owners[key]]
+    async def get(self, node: int, key: int) -> First:
+        owner = self._owners[key]
+        first: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def hear(record: Record) -> None:
+            if not first.done():
+                first.set_result(record.node_id == owner)
+
+        async def whole() -> bool:
+            records = await self._directories[node].find_model(f"model-{key}", on_record=hear)
+            if not first.done():
+                first.set_result(False)
+            return [record.node_id for record in records] == [owner]
+
+        rest = asyncio.create_task(whole())
+        return First(await first, rest)
 
     async def kill(self, nodes: list[int]) -> None:
         for number in nodes:
