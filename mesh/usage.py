@@ -143,7 +143,7 @@ def _charge(sides: _Sides, answered: frozenset[bytes], now: int) -> Charge:
     flags = set(sides.flags)
     asked = proxy or main
     prompt, cached, completion, reasoning = main.prompt, main.cached, main.completion, main.reasoning
-    delivered, complete = main.size_bytes, main.complete
+    delivered, complete, estimated = main.size_bytes, main.complete, main.own_count
     if worker is not None and proxy is not None:
         if (worker.project, worker.key) != (proxy.project, proxy.key) or proxy.model not in (worker.model, worker.adapter):
             flags.add(Flag.IDENTITY)
@@ -157,6 +157,7 @@ def _charge(sides: _Sides, answered: frozenset[bytes], now: int) -> Charge:
                 prompt, completion = min(prompt, proxy.prompt), min(completion, proxy.completion)
         elif delivered < worker.size_bytes:
             completion, reasoning = (count * delivered // worker.size_bytes for count in (completion, reasoning))
+            estimated = True
     elif complete and main.delivered and main.peer in answered and main.at + main.took_ms < now - GRACE_MS:
         flags.add(Flag.UNMATCHED)
     if not delivered:
@@ -185,7 +186,7 @@ def _charge(sides: _Sides, answered: frozenset[bytes], now: int) -> Charge:
         took_ms=asked.took_ms,
         gpus=main.gpus,
         partial=bool(delivered) and not complete,
-        estimated=main.own_count and completion > 0,
+        estimated=estimated and completion > 0,
         confirmed=worker is not None and proxy is not None,
         flags=frozenset(flags),
     )
@@ -193,18 +194,23 @@ def _charge(sides: _Sides, answered: frozenset[bytes], now: int) -> Charge:
 
 def _share_out(charges: list[Charge], sides: Sequence[_Sides]) -> None:
     """Where a stream went on at another worker, that one was told exactly how many tokens the client had had: what a lost worker cannot
-    tell, and what others passed on in vain is not charged."""
+    tell, and what others passed on in vain is not charged. If the attempts before left no receipt at all, that one tells for them."""
     for later, each in enumerate(sides):
-        resumed = max((copy.receipt.resumed for copy in (each.worker, each.proxy) if copy is not None), default=0)
+        receipts = [copy.receipt for copy in (each.worker, each.proxy) if copy is not None]
+        resumed = max(receipt.resumed for receipt in receipts)
+        if not resumed and not any(receipt.size_bytes for receipt in receipts):
+            continue  # it says nothing of what had been before it
         begun = [at for at in range(later) if charges[at].partial]
-        if not resumed or not begun:
-            continue
-        last, worker = begun[-1], sides[begun[-1]].worker
-        passed_on = max(copy.receipt.size_bytes for copy in (worker, sides[last].proxy) if copy is not None)
-        had = min(passed_on, max(0, resumed - sum(charge.completion for charge in charges[:last])))
-        if worker is not None and not worker.receipt.own_count:
-            had = min(had, worker.receipt.completion)
-        charges[last] = replace(charges[last], completion=had, reasoning=min(charges[last].reasoning, had), estimated=False)
+        if begun:
+            last, worker = begun[-1], sides[begun[-1]].worker
+            passed_on = max(copy.receipt.size_bytes for copy in (worker, sides[last].proxy) if copy is not None)
+            had = min(passed_on, max(0, resumed - sum(charge.completion for charge in charges[:last])))
+            if worker is not None and not worker.receipt.own_count:
+                had = min(had, worker.receipt.completion)
+            charges[last] = replace(charges[last], completion=had, reasoning=min(charges[last].reasoning, had), estimated=False)
+        if each.attempt - 1 > later and not any(side.proxy for side in sides):
+            untold = max(0, resumed - sum(charge.completion for charge in charges[:later]))
+            charges[later] = replace(charges[later], completion=charges[later].completion + untold)
 
 
 # -- all nodes together

@@ -24,6 +24,7 @@ _NOT_TRIED = frozenset({Rerouted.code, Overloaded.code})
 """Attempts that ended so never reached an engine: no receipt of their own, unless the request ended with them."""
 _CLAIMED = ("in", "out", "cached", "think", "base")
 """In a worker's END and in a receipt alike."""
+_CHAT = "chat"
 RETRY_AFTER_S = 5.0
 
 
@@ -111,7 +112,8 @@ class Noted:
                 fields["ev"], fields["b"] = attempted.pieces, attempted.sent
                 fields["first"] = max(0, round((attempted.first_at - self.started) * 1000))
             if attempted.trailer is None:
-                fields["own"], fields["out"] = True, attempted.pieces
+                opening = 1 if self.task == _CHAT else 0  # a chat's first event names the role and holds no token
+                fields["own"], fields["out"] = True, max(0, attempted.pieces - opening)
             else:
                 for name in _CLAIMED:
                     count = attempted.trailer.get(name)

@@ -29,6 +29,7 @@ from mesh.apikey import ApiKey
 from mesh.authority import Authority, create_mesh
 from mesh.runtime import read_announced
 from mesh.trust import Role
+from tests.support.nursery import Child, Nursery
 
 START_S = 60.0
 PATIENCE_S = 90.0
@@ -40,7 +41,7 @@ class Node:
 
     role: Role
     name: str
-    process: asyncio.subprocess.Process
+    process: asyncio.subprocess.Process | Child
     state_dir: Path
     log: Path
     about: dict[str, Any] = field(default_factory=dict)
@@ -78,10 +79,11 @@ class Node:
 
 
 class Deployment:
-    """A mesh in ``home``. Its operator's folder is made at once; nodes are started one by one."""
+    """A mesh in ``home``. Its operator's folder is made at once; nodes are started one by one, or forked by a ``nursery``."""
 
-    def __init__(self, home: Path, *, authority: Authority | None = None) -> None:
+    def __init__(self, home: Path, *, authority: Authority | None = None, nursery: Nursery | None = None) -> None:
         self.home = home
+        self._nursery = nursery
         self.authority = authority or create_mesh(home / "mesh", name="e2e", now=time.time())
         self.nodes: list[Node] = []
         self.bootstraps: list[str] = []
@@ -144,15 +146,23 @@ class Deployment:
     async def _start(self, role: Role, name: str, arguments: tuple[str, ...], token: str, *, wait: bool = True) -> Node:
         state_dir = self.home / "nodes" / name
         log = self.home / f"{name}.log"
-        command = [sys.executable, "-m", str(role), "--home", str(self.home), "--state-dir", str(state_dir), "--name", name]
-        command += ["--preset", "local", *arguments]
+        command = ["--home", str(self.home), "--state-dir", str(state_dir), "--name", name, "--preset", "local", *arguments]
         environ = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
         if token:
             environ["MESH_JOIN"] = token
-        with log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=environ, start_new_session=True
-            )
+        process: asyncio.subprocess.Process | Child
+        if self._nursery is not None:
+            process = await self._nursery.start(role, command, environ, log)
+        else:
+            with log.open("ab") as output:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", str(role), *command),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environ,
+                    start_new_session=True,
+                )
         node = Node(role=role, name=name, process=process, state_dir=state_dir, log=log)
         self.nodes.append(node)
         if wait:

@@ -100,6 +100,28 @@ def test_what_a_lost_worker_cannot_tell_its_successor_does() -> None:
     assert not charges[0].estimated
 
 
+def test_a_stream_that_moved_before_its_first_token_owes_nothing_for_its_beginning() -> None:
+    _, lost = copies(attempt=1, status="worker_lost", own_count=True, prompt=0, cached=0, completion=1, size_bytes=200)
+    charges = settle([lost, *copies(attempt=2, completion=12)])
+    assert [charge.completion for charge in charges] == [0, 12]
+    assert [charge.prompt for charge in charges] == [0, 100]
+
+
+def test_a_successor_that_delivered_nothing_does_not_tell_what_had_been_delivered() -> None:
+    _, lost = copies(attempt=1, status="worker_lost", own_count=True, prompt=0, cached=0, completion=5)
+    assert [charge.completion for charge in settle([lost, *copies(attempt=2, status="no_worker", size_bytes=0, completion=0)])] == [5, 0]
+
+
+def test_of_attempts_that_left_no_receipt_their_successor_tells() -> None:
+    alone, proxys = copies(attempt=3, resumed=8, prompt=108, completion=12)
+    (charge,) = settle([alone])
+    assert (charge.prompt, charge.completion) == (100, 20)
+    (charge,) = settle([alone, proxys])
+    assert charge.completion == 12, "their proxy is there, and says of no such attempts"
+    former, _ = copies(attempt=2, status="cancelled", resumed=3, prompt=103, completion=5)
+    assert sum(charge.completion for charge in settle([former, alone])) == 20
+
+
 def test_an_end_that_says_more_than_the_receipt_is_flagged_and_the_lower_counts() -> None:
     (charge,) = settle(copies(proxy={"completion": 30}, worker={"completion": 20}))
     assert (charge.completion, charge.flags) == (20, {Flag.CLAIM})
