@@ -82,7 +82,7 @@ class App:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The one entry: find the route, run it, turn what went wrong into an answer."""
-        request_id = f"req_{self._rng.getrandbits(96):024x}"
+        request_id = "req_%024x" % self._rng.getrandbits(96)  # noqa: UP031 - faster
         try:
             response = await self._route(request)(request, request_id)
         except MeshError as error:

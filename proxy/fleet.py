@@ -33,6 +33,7 @@ SUSPECT_S = 1.5
 
 
 STANDINGS = ("suspect", *Standing)
+_TRUSTED, _TRIAL = Standing.TRUSTED, Standing.TRIAL
 
 
 class Worker:
@@ -195,7 +196,7 @@ class Fleet:
 
     def succeeded(self, worker: Worker) -> None:
         health = worker.health
-        if (health.failures or health.standing is not Standing.TRUSTED) and self.watch.succeeded(health, now=self._clock.monotonic()):
+        if (health.failures or health.standing is not _TRUSTED) and self.watch.succeeded(health, now=self._clock.monotonic()):
             log.info("worker.trusted", worker=worker.node_id.hex()[:12])
             self._index()
 
@@ -215,7 +216,7 @@ class Fleet:
 
     def begin(self, worker: Worker) -> bool:
         """A request goes there; whether it is the one that a worker on trial gets."""
-        if worker.health.standing is not Standing.TRIAL:
+        if worker.health.standing is not _TRIAL:
             return False
         worker.health.trials += 1
         self._index()

@@ -23,6 +23,9 @@ from mesh.revocations import RevocationList
 from mesh.trust import Trust
 
 
+_INVOKER = KeyRole.INVOKER
+
+
 class Gate:
     """Verifies keys offline. ``region`` is this proxy's own; a key bound to another region is refused here."""
 
@@ -91,7 +94,7 @@ class Gate:
 
     def authorize(self, key: ApiKey, model: str, endpoint: str = "") -> None:
         """Whether the key may call the model, through an endpoint or directly. Raises `KeyNotAllowed`."""
-        if not key.has_role(KeyRole.INVOKER):
+        if _INVOKER not in key.roles:
             raise KeyNotAllowed("This API key may not call models: it lacks the role 'invoker'")
         if not key.may_use(model, endpoint):
             what = f"the endpoint '{endpoint}'" if endpoint else f"the model '{model[:128]}'"

@@ -35,6 +35,8 @@ from proxy.views import Views
 log = structlog.get_logger(__name__)
 
 SWEEP_S = 0.5
+_OPERATORS = frozenset({KeyRole.VIEWER, KeyRole.ADMIN})
+"""Whom the answer tells which worker it came from, and why."""
 LOOK_AGAIN_S = 0.05
 
 
@@ -222,7 +224,7 @@ class Inference:
         now = self._loop.time()
         call = plan.call
         headers = {"x-request-id": request_id}
-        if key.has_role(KeyRole.VIEWER) or key.has_role(KeyRole.ADMIN):
+        if not key.roles.isdisjoint(_OPERATORS):
             headers["x-mesh-worker"] = worker.node_id.hex()[:12]
             headers["x-mesh-reason"] = plan.explain(now)
         if plan.hold is not None:
@@ -292,8 +294,9 @@ class Inference:
             self._fleet.tick()
 
     def _enter(self) -> None:
+        if not self.in_flight:
+            self._idle.clear()
         self.in_flight += 1
-        self._idle.clear()
 
     def _leave(self) -> None:
         self.in_flight -= 1

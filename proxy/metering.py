@@ -93,8 +93,9 @@ class Noted:
         """
         key, took_ms = self.key, round(self.took_s * 1000)
         assert key is not None
-        fields: dict[str, Any] = {"id": self.id, "n": 0, "at": self.at, "px": True, "p": key.project, "key": key.id, "t": self.task}
-        fields["ms"], fields["done"] = took_ms, self.at + took_ms
+        at = self.at
+        fields: dict[str, Any] = {"id": self.id, "n": 0, "at": at, "px": True, "p": key.project, "key": key.id, "t": self.task}
+        fields["ms"], fields["done"] = took_ms, at + took_ms
         if self.model:
             fields["m"] = _printable(self.model)
         if self.endpoint:
@@ -115,11 +116,12 @@ class Noted:
                 opening = 1 if self.task == _CHAT else 0  # a chat's first event names the role and holds no token
                 fields["own"], fields["out"] = True, max(0, attempted.pieces - opening)
             else:
+                claimed = attempted.trailer.get
                 for name in _CLAIMED:
-                    count = attempted.trailer.get(name)
-                    if type(count) is int and 0 < count <= MAX_TOKENS:  # what is nonsense counts as nothing
+                    count = claimed(name)
+                    if count and type(count) is int and 0 < count <= MAX_TOKENS:  # what is nonsense counts as nothing
                         fields[name] = count
-        return (self.at, pack_receipt(fields))
+        return (at, pack_receipt(fields))
 
 
 class Meter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -108,20 +108,20 @@ def parse_call(path: str, body: bytes | bytearray) -> Call:
     task = TASKS[path]
     try:
         parsed = _DECODERS[task].decode(body)
-        names = [] if _are_plain(body) else [name.text for name in _decode_names(body)]
+        names = () if _are_plain(body) else [name.text for name in _decode_names(body)]
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `$.")
         param = where.rstrip("`").split(".")[0].split("[")[0] or _missing(reason)
         raise InvalidRequest(f"The request body is not valid: {error}", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}") from None
-    if len({*map(str.casefold, names)}) != len(names):
+    if names and len({*map(str.casefold, names)}) != len(names):
         raise _twice(names)
     if not parsed.model or len(parsed.model) > MAX_MODEL_CHARS:
         raise InvalidRequest("'model' must name a model; GET /v1/models lists them", param="model")
     if task == "chat" and not parsed.messages:
         raise InvalidRequest("'messages' must hold at least one message", param="messages")
-    return Call(task=task, path=path, model=parsed.model, stream=bool(parsed.stream), body=body, parsed=parsed)
+    return Call(task, path, parsed.model, parsed.stream is True, body, parsed)
 
 
 def prompt_of(call: Call) -> tuple[Chain, int]:
@@ -202,20 +202,24 @@ def _are_plain(body: bytes | bytearray) -> bool:
     anywhere in a short body, and no escapes that could spell another."""
     if len(body) > SHORT_BYTES or b"\\u" in body:
         return False
-    for name in _decode_outline(body):
-        quoted = _quoted(name)
-        if quoted is None or body.count(quoted) > 1:
+    quoted = _quoted(*_decode_outline(body))
+    if quoted is None:
+        return False
+    for name in quoted:
+        if body.count(name) > 1:
             return False
     return True
 
 
 @functools.lru_cache(maxsize=256)
-def _quoted(name: str) -> bytes | None:
-    """How a plain name stands in a body; None of one that has other spellings."""
-    return b'"%b"' % name.encode() if name.isidentifier() and name.islower() and name.isascii() else None
+def _quoted(*names: str) -> tuple[bytes, ...] | None:
+    """How plain names stand in a body; None if one of them has other spellings."""
+    if not all(name.isidentifier() and name.islower() and name.isascii() for name in names):
+        return None
+    return tuple(b'"%b"' % name.encode() for name in names)
 
 
-def _twice(names: list[str]) -> InvalidRequest:
+def _twice(names: Sequence[str]) -> InvalidRequest:
     folded = [name.casefold() for name in names]
     name = next(name for name, fold in zip(names, folded, strict=True) if folded.count(fold) > 1)[:64]
     return InvalidRequest(f"The request body is not valid: '{name}' is given twice", param=name)

@@ -49,7 +49,8 @@ ACCEPT_AFTER_S = 0.025
 MAX_TRAIL_BYTES = 256 * 1024
 """More trail than this is not kept: some 40,000 tokens. A stream that long stays where it is."""
 MAX_ROUND_TRIP_S = 3600.0
-_DATA, _END, _TOKENS = int(Frame.DATA), int(Frame.END), int(Frame.TOKENS)
+_OPEN, _HEAD, _DATA, _END, _TOKENS = (int(kind) for kind in (Frame.OPEN, Frame.HEAD, Frame.DATA, Frame.END, Frame.TOKENS))
+"""Of every request, or every token; looking a member up costs as much as the rest of a comparison."""
 _BODY = frozenset({_DATA, _TOKENS})
 _STAMP = struct.Struct(">d")
 
@@ -162,7 +163,7 @@ class Link(asyncio.Protocol):
         stream = OutgoingStream(self, number, sink)
         self._outgoing[number] = stream
         self.stats.streams += 1
-        self.write(encode_control(Frame.OPEN, number, head))
+        self.write(encode_control(_OPEN, number, head))
         return stream
 
     def send_control(self, kind: Frame, fields: Mapping[str, Any]) -> None:
@@ -326,14 +327,14 @@ class Link(asyncio.Protocol):
                 raise ProtocolError("a frame on a stream that was never opened")
             self._on_late_frame(kind, payload)
             return
-        if kind == Frame.CREDIT:
-            stream.add_credit(parse_credit(payload))
-        elif kind == Frame.HEAD:
-            stream.sink.on_head(parse_control(payload))
-        elif kind == Frame.END:
+        if kind == _END:
             trailer = parse_control(payload)
             self.forget_outgoing(number)
             stream.sink.on_end(trailer)
+        elif kind == _HEAD:
+            stream.sink.on_head(parse_control(payload))
+        elif kind == Frame.CREDIT:
+            stream.add_credit(parse_credit(payload))
         elif kind == Frame.ERROR:
             error = parse_error(parse_control(payload))
             self.forget_outgoing(number)
@@ -347,7 +348,7 @@ class Link(asyncio.Protocol):
 
     def _on_request_frame(self, kind: int, number: int, payload: bytes) -> None:
         """A frame on a stream the peer opened."""
-        if kind == Frame.OPEN:
+        if kind == _OPEN:
             self._on_open_frame(number, payload)
             return
         stream = self._incoming.get(number)
@@ -356,9 +357,9 @@ class Link(asyncio.Protocol):
                 raise ProtocolError("a frame on a stream that was never opened")
             self._on_late_frame(kind, payload)
             return
-        if kind == Frame.DATA:
+        if kind == _DATA:
             stream.receive(payload)
-        elif kind == Frame.END:
+        elif kind == _END:
             stream.receive_end()
         elif kind == Frame.CREDIT:
             stream.add_credit(parse_credit(payload))
@@ -478,7 +479,7 @@ class _Sending:
                 raise WorkerLost("the stream ended while it was being written")
             size = min(len(view), self._credit, MAX_PAYLOAD_BYTES)
             self._credit -= size
-            self.link.write(encode_frame(Frame.DATA, self.number, bytes(view[:size])))
+            self.link.write(encode_frame(_DATA, self.number, bytes(view[:size])))
             view = view[size:]
 
 
@@ -612,11 +613,11 @@ class IncomingStream(_Sending):
             self._accepting.cancel()
             self._accepting = None
             fields = {**fields, "acc": round((self.link._loop.time() - self._accepted_at) * 1000)}
-        self.link.write(encode_control(Frame.HEAD, self.number, fields))
+        self.link.write(encode_control(_HEAD, self.number, fields))
 
     def end(self, trailer: Mapping[str, Any]) -> None:
         """The answer is complete."""
-        self._close(encode_control(Frame.END, self.number, trailer))
+        self._close(encode_control(_END, self.number, trailer))
 
     def fail(self, error: MeshError) -> None:
         """The answer will not be completed."""
