@@ -22,7 +22,6 @@ from mesh.freshness import NEVER_STALE, Freshness
 from mesh.revocations import RevocationList
 from mesh.trust import Trust
 
-
 _INVOKER = KeyRole.INVOKER
 
 

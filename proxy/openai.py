@@ -203,12 +203,7 @@ def _are_plain(body: bytes | bytearray) -> bool:
     if len(body) > SHORT_BYTES or b"\\u" in body:
         return False
     quoted = _quoted(*_decode_outline(body))
-    if quoted is None:
-        return False
-    for name in quoted:
-        if body.count(name) > 1:
-            return False
-    return True
+    return quoted is not None and max(map(body.count, quoted), default=0) <= 1
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,11 +9,10 @@ that comes back from idling does not get what it did not use.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
 from collections import OrderedDict
-from collections.abc import AsyncIterator
 from enum import IntEnum
+from types import TracebackType
 
 from mesh.errors import Overloaded
 
@@ -139,17 +138,12 @@ class Admission:
         self.running = 0
         self.waiting = 0
 
-    @contextlib.asynccontextmanager
-    async def slot(self, priority: Priority = Priority.INTERACTIVE, project: str = "", *, cost: float = 1.0) -> AsyncIterator[None]:
-        """Hold a slot for the length of a block. ``cost`` is the request's share of its project's turn, more than 0.
+    def slot(self, priority: Priority = Priority.INTERACTIVE, project: str = "", *, cost: float = 1.0) -> _Slot:
+        """Hold a slot for the length of an ``async with``. ``cost`` is the request's share of its project's turn, more than 0.
 
         Raises `Overloaded` if the queue is full, or fills up with more urgent requests, or other projects', while this one waits.
         """
-        await self._take(priority, project, cost)
-        try:
-            yield
-        finally:
-            self._release()
+        return _Slot(self, priority, project, cost)
 
     async def idle(self) -> None:
         """Return once nothing runs or waits."""
@@ -166,7 +160,8 @@ class Admission:
         if not self._classes[priority].crowds_out(project):
             raise _full()
 
-    async def _take(self, priority: Priority, project: str, cost: float) -> None:
+    async def take(self, priority: Priority, project: str, cost: float) -> None:
+        """As `slot`, without its end: that is `release`."""
         self.check(priority, project)
         self._idle.clear()
         if self.running < self._limit and not self.waiting:
@@ -187,7 +182,7 @@ class Admission:
                 self.waiting -= 1
                 self._settle()
             elif turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._release()  # the slot had been handed over already
+                self.release()  # the slot had been handed over already
             raise
 
     def _shed(self) -> None:
@@ -198,7 +193,7 @@ class Admission:
         if not turn.done():
             turn.set_exception(_full())
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Hand the slot to whose turn it is, or give it up."""
         while self.waiting:
             queue = min((queue for queue in self._classes.values() if queue.waiting), key=lambda queue: queue.served)
@@ -215,6 +210,22 @@ class Admission:
     def _settle(self) -> None:
         if not self.running and not self.waiting:
             self._idle.set()
+
+
+class _Slot:
+    """One request's hold on a slot."""
+
+    __slots__ = ("_admission", "_asked")
+
+    def __init__(self, admission: Admission, priority: Priority, project: str, cost: float) -> None:
+        self._admission = admission
+        self._asked = (priority, project, cost)
+
+    async def __aenter__(self) -> None:
+        await self._admission.take(*self._asked)
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._admission.release()
 
 
 def _full() -> Overloaded:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from mesh.clock import Clock
 from mesh.errors import MeshError, Overloaded, WorkerError
@@ -45,7 +45,7 @@ class Tally:
 
     __slots__ = ("_answer", "_asked", "_clock", "_ledger", "_started", "engine_ms", "events", "length", "sent", "stream", "usage")
 
-    def __init__(self, ledger: Ledger | None, clock: Clock, asked: Receipt) -> None:
+    def __init__(self, ledger: Ledger | None, clock: Clock, asked: Mapping[str, Any]) -> None:
         self._ledger = ledger
         self._clock = clock
         self._asked = asked
@@ -72,20 +72,11 @@ class Tally:
     def receipt(self, status: str) -> Receipt:
         """What there is to say when it ends with ``status``."""
         asked, took_ms = self._asked, round((self._clock.monotonic() - self._started) * 1000)
+        queue_ms: int = asked["queue_ms"]
         usage, own_count = self._counted(complete=status == "ok")
         return Receipt(
-            id=asked.id,
-            attempt=asked.attempt,
-            at=asked.at,
+            **asked,
             side=Role.WORKER,
-            peer=asked.peer,
-            project=asked.project,
-            key=asked.key,
-            endpoint=asked.endpoint,
-            model=asked.model,
-            digest=asked.digest,
-            adapter=asked.adapter,
-            task=asked.task,
             prompt=usage.prompt,
             cached=usage.cached,
             completion=usage.completion,
@@ -93,9 +84,8 @@ class Tally:
             resumed=usage.resumed,
             events=self.events,
             size_bytes=self.sent,
-            queue_ms=asked.queue_ms,
             engine_ms=self.engine_ms or took_ms,
-            took_ms=asked.queue_ms + took_ms,
+            took_ms=queue_ms + took_ms,
             done=int(self._clock.wall() * 1000),
             status=status,
             own_count=own_count,
@@ -112,7 +102,7 @@ class Tally:
             return self.stream.so_far, False
         if complete and self.stream is None:
             return Usage(), False
-        opening = 1 if self._asked.task == Task.CHAT else 0  # a chat's first event names the role and holds no token
+        opening = 1 if self._asked["task"] == Task.CHAT else 0  # a chat's first event names the role and holds no token
         return Usage(completion=max(0, self.events - opening)), True
 
 
@@ -145,21 +135,20 @@ class Meter:
     ) -> Tally:
         """An attempt that has got its slot. ``at``: when its request came, by the proxy's clock in ms; 0 if it did not say."""
         now = int(self._clock.wall() * 1000)
-        about = Receipt(
-            id=request_id,
-            attempt=attempt,
-            at=at if abs(at - now) <= AT_MOST_OFF_MS else now,
-            side=Role.WORKER,
-            peer=proxy,
-            project=project,
-            key=key,
-            endpoint=endpoint,
-            model=model.name,
-            digest=model.digest or "",
-            adapter=asked if asked in model.adapters else "",
-            task=task,
-            queue_ms=round(queue_s * 1000),
-        )
+        about = {
+            "id": request_id,
+            "attempt": attempt,
+            "at": at if abs(at - now) <= AT_MOST_OFF_MS else now,
+            "peer": proxy,
+            "project": project,
+            "key": key,
+            "endpoint": endpoint,
+            "model": model.name,
+            "digest": model.digest or "",
+            "adapter": asked if asked in model.adapters else "",
+            "task": task,
+            "queue_ms": round(queue_s * 1000),
+        }
         return Tally(self._ledger, self._clock, about)
 
 

@@ -201,7 +201,10 @@ def _is_json(data: bytes) -> bool:
 
 
 def _count(*values: int | float | None) -> int:
-    return next((int(min(max(0, value), 10**9)) for value in values if value is not None), 0)
+    for value in values:
+        if value is not None:
+            return int(min(max(0, value), 10**9))
+    return 0
 
 
 class EventStream:

@@ -137,7 +137,7 @@ async def test_slot_handed_to_a_waiter_that_is_cancelled_then_goes_to_the_next(c
     for number in range(4):
         crowd.come(number)
     await settle()
-    crowd.admission._release()  # hands its slot to 2, which hears of it in the next turn of the loop
+    crowd.admission.release()  # hands its slot to 2, which hears of it in the next turn of the loop
     crowd.tasks[2].cancel()
     await settle()
     assert crowd.entered == [0, 1, 3]
