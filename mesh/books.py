@@ -91,10 +91,10 @@ def parse_page(data: bytes) -> tuple[bytes, ...]:
 
 
 class Answer:
-    """Implements `mesh.link.link.StreamSink`: gathers one page."""
+    """Implements `mesh.link.link.StreamSink`: gathers one page. ``data`` is what has come, ``done`` END's fields or what went wrong."""
 
     def __init__(self) -> None:
-        self._data = bytearray()
+        self.data = bytearray()
         self.done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
 
     def on_accepted(self) -> None:
@@ -107,7 +107,7 @@ class Answer:
         pass
 
     def on_data(self, data: bytes) -> None:
-        self._data += data  # bounded by the stream's first credit: none is given back
+        self.data += data  # bounded by the stream's first credit: none is given back
 
     def on_end(self, trailer: dict[str, Any]) -> None:
         if not self.done.done():
@@ -123,7 +123,7 @@ class Answer:
             more, last = read_bool(trailer, "more"), read_int(trailer, "last", default=0)
         except MalformedEnvelope as error:
             raise ProtocolError(f"bad end of a page: {error.message}") from None
-        return Page(receipts=parse_page(bytes(self._data)), more=more, last=last)
+        return Page(receipts=parse_page(bytes(self.data)), more=more, last=last)
 
 
 async def ask(link: Link, query: Query, *, node: bytes = b"") -> Page:

@@ -52,6 +52,7 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("GET", "/mesh/v1/lookup"): Access.VIEWER,
     ("GET", "/mesh/v1/doctor"): Access.VIEWER,
     ("GET", "/mesh/v1/endpoints"): Access.VIEWER,
+    ("GET", "/mesh/v1/prompts"): Access.DEPLOYER,
     ("GET", "/mesh/v1/documents"): Access.VIEWER,
     ("GET", "/mesh/v1/documents/"): Access.VIEWER,
     ("POST", "/mesh/v1/documents"): Access.SIGNED,

@@ -28,6 +28,8 @@ from proxy.metering import Meter, Noted
 from proxy.metrics import Metrics
 from proxy.moves import Moves
 from proxy.openai import TASKS, Call, parse_call, timeout_of
+from proxy.prompts.keeper import Prompts
+from proxy.prompts.watched import Watched
 from proxy.retry import RetryBudget, RetryPolicy, counts_against_worker, spends
 from proxy.route import Plan, Router
 from proxy.views import Views
@@ -55,6 +57,7 @@ class Inference:
         rng: random.Random,
         meter: Meter,
         endpoints: Endpoints,
+        prompts: Prompts,
     ) -> None:
         self._config = config
         self._gate = gate
@@ -64,6 +67,7 @@ class Inference:
         self._limits = limits
         self.meter = meter
         self._endpoints = endpoints
+        self._prompts = prompts
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
         self._budget = metrics.budget = RetryBudget(config.retry_share)
@@ -140,6 +144,9 @@ class Inference:
             if hold is not None:
                 hold.end()
             self.bodies.release(body)
+            if noted.watched is not None:
+                self._prompts.keep(request_id, noted.at, noted.watched, code)
+                noted.watched = None
             self._metrics.requests(model, task, code).inc()
             ended = time.monotonic()
             self.meter.close(noted, code, ended)
@@ -153,7 +160,11 @@ class Inference:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError
-        downstream = Downstream(request, transport, keep_alive=request.keep_alive and not self.draining)
+        keep_alive = request.keep_alive and not self.draining
+        if call.endpoint is None or call.endpoint.recording is None:
+            downstream = Downstream(request, transport, keep_alive=keep_alive)
+        else:
+            downstream = noted.watched = Watched(request, transport, keep_alive=keep_alive, call=call)
         plan = self._router.plan(call, key.project, request.headers.get)
         plan.hold = hold
         now = self._loop.time()

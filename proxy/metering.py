@@ -19,6 +19,7 @@ from mesh.errors import CapacityError, Overloaded, Rerouted
 from mesh.ledger import Ledger
 from mesh.receipts import MAX_TOKENS, Row, pack_receipt
 from proxy.downstream import Downstream
+from proxy.prompts.watched import Watched
 
 _NOT_TRIED = frozenset({Rerouted.code, Overloaded.code})
 """Attempts that ended so never reached an engine: no receipt of their own, unless the request ended with them."""
@@ -62,7 +63,7 @@ class Attempted:
 class Noted:
     """One request, as it goes; also its own receipt where no worker was tried."""
 
-    __slots__ = ("at", "endpoint", "id", "key", "model", "notes", "started", "status", "task", "took_s")
+    __slots__ = ("at", "endpoint", "id", "key", "model", "notes", "started", "status", "task", "took_s", "watched")
 
     def __init__(self, request_id: str, task: str, *, at: int, started: float) -> None:
         self.id = request_id
@@ -72,6 +73,7 @@ class Noted:
         self.key: ApiKey | None = None
         self.model = ""
         self.endpoint = ""
+        self.watched: Watched | None = None
         self.notes: list[Attempted] = []
         self.status = ""
         self.took_s = 0.0

@@ -25,7 +25,7 @@ from mesh.runtime import announce
 from mesh.trust import Role
 from proxy.app import App
 from proxy.config import ProxyConfig
-from proxy.deployments import EndpointRoutes
+from proxy.deployments import EndpointRoutes, PromptRoutes
 from proxy.documents import DocumentRoutes
 from proxy.endpoints import Endpoints
 from proxy.explain import Explainer
@@ -40,6 +40,8 @@ from proxy.metrics import Metrics
 from proxy.orders import Orders
 from proxy.peers import ByRole, Proxies
 from proxy.processes import run_processes
+from proxy.prompts.keeper import FILE as PROMPTS_FILE
+from proxy.prompts.keeper import Prompts, PromptsCollector
 from proxy.server import HttpServer
 from proxy.usage import UsageRoutes, held_prices
 from proxy.views import Views
@@ -124,8 +126,11 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     )
     endpoints = Endpoints()
     endpoints.on_change = limits.renew
+    prompts = proxies.prompts = Prompts(config.state_dir / PROMPTS_FILE, clock=clock)
+    metrics.registry.register(PromptsCollector(prompts))
     deployments = EndpointRoutes(endpoints, gate, keeper=directory, ready=views.ready_models)
-    routes = {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes()}
+    kept = PromptRoutes(prompts, gate, own=identity.node_id, proxies=lambda: {id: proxy.link for id, proxy in proxies.linked.items()})
+    routes = {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes(), **kept.routes()}
     inference = Inference(
         config,
         gate=gate,
@@ -136,6 +141,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         rng=rng,
         meter=Meter(ledger),
         endpoints=endpoints,
+        prompts=prompts,
     )
     app = App(inference, gate=gate, views=views, explainer=explainer, metrics=metrics, rng=rng, endpoints=endpoints, routes=routes)
     server = HttpServer(app, config)
@@ -169,6 +175,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
                 tasks.create_task(limits.run()),
                 tasks.create_task(limits.keep()),
                 tasks.create_task(limits.look(directory)),
+                tasks.create_task(prompts.run()),
             )
             await stop.wait()
             state = State.DRAINING
@@ -187,6 +194,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         await node.stop()
         await directory.stop()
         await books.stop()
+        await prompts.stop()
         await ledger.stop()
     return 0
 

@@ -54,6 +54,10 @@ _QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
         **dict.fromkeys(("since", "until", "after_at", "after_n", "written"), _COUNT),
         **{key: {"type": "string"} for key in ("node", "key", "project", "after_id", "prove")},
     },
+    ("GET", "/mesh/v1/prompts"): {
+        **dict.fromkeys(("since", "until", "after"), _COUNT),
+        **{key: {"type": "string"} for key in ("node", "endpoint", "project")},
+    },
     ("GET", "/mesh/v1/documents"): {"kind": {"type": "string"}},
     ("GET", "/mesh/v1/documents/"): {
         "project": {"type": "string"},

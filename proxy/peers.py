@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mesh import books
+from mesh import books, prompts
 from mesh.books import Books
 from mesh.errors import InvalidRequest, ProtocolError
 from mesh.link.frames import Frame
@@ -79,6 +79,12 @@ class Proxy:
         return self.record.state == State.READY and not self.link.draining
 
 
+class Answers(Protocol):
+    """What is asked of `proxy.prompts.keeper.Prompts`."""
+
+    def open(self, stream: IncomingStream, head: dict[str, Any]) -> None: ...
+
+
 class Proxies:
     """Implements `mesh.link.peers.PeersOwner` for a proxy's links to other proxies."""
 
@@ -86,6 +92,7 @@ class Proxies:
         self.linked: dict[bytes, Proxy] = {}
         self.on_order: Callable[[Link, dict[str, Any]], None] = lambda link, fields: None
         self.books: Books | None = None
+        self.prompts: Answers | None = None
         self.limits: Limits | None = None
         self._on_record = on_record
 
@@ -138,5 +145,8 @@ class Proxies:
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
         if self.books is not None and head.get("task") == books.TASK:
             self.books.open(stream, head)
+            return
+        if self.prompts is not None and head.get("task") == prompts.TASK:
+            self.prompts.open(stream, head)
             return
         stream.fail(InvalidRequest("a proxy serves no requests of other proxies"))

@@ -141,19 +141,19 @@ class UsageRoutes:
             nodes = [{"id": node.hex(), "role": role} for node, role in sorted((await self._nodes()).items())]
             return web.json_response({"nodes": nodes}, headers={"x-request-id": request_id})
         query = Query(
-            since=_number(asked, "since", 0),
-            until=_number(asked, "until", 1 << 62),
-            after=(_number(asked, "after_at", 0), asked.get("after_id", "")[:64], _number(asked, "after_n", 0))
+            since=read_number(asked, "since", 0),
+            until=read_number(asked, "until", 1 << 62),
+            after=(read_number(asked, "after_at", 0), asked.get("after_id", "")[:64], read_number(asked, "after_n", 0))
             if "after_at" in asked
             else START,
             project=project,
-            key=_hex(asked, "key", 8) if "key" in asked else None,
-            written=_number(asked, "written", 0) if "written" in asked else None,
+            key=read_hex(asked, "key", 8) if "key" in asked else None,
+            written=read_number(asked, "written", 0) if "written" in asked else None,
             prove=asked.get("prove", "")[:64],
         )
         if self._pages >= PAGES_AT_ONCE:
             raise RateLimited("Too many receipts are being read at once; try again in a moment", retry_after_s=1.0)
-        node = _hex(asked, "node", 32)
+        node = read_hex(asked, "node", 32)
         self._pages += 1
         try:
             page = await self._page(node, query)
@@ -216,17 +216,17 @@ def month_start(now: float) -> float:
 
 def _moment(asked: Mapping[str, str], name: str, default: float) -> float:
     """Wall-clock seconds."""
-    return float(_number(asked, name, int(default)))
+    return float(read_number(asked, name, int(default)))
 
 
-def _number(asked: Mapping[str, str], name: str, default: int) -> int:
+def read_number(asked: Mapping[str, str], name: str, default: int) -> int:
     text = asked.get(name, str(default))
     if not text.isascii() or not text.isdigit() or len(text) > 19:
         raise InvalidRequest(f"'{name}' must be a whole number", param=name)
     return min(int(text), 1 << 62)
 
 
-def _hex(asked: Mapping[str, str], name: str, size: int) -> bytes:
+def read_hex(asked: Mapping[str, str], name: str, size: int) -> bytes:
     try:
         found = bytes.fromhex(asked[name])
     except ValueError:

@@ -12,13 +12,14 @@ from typing import Any
 
 import click
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from mesh.apikey import read_key
 from mesh.authority import Authority, open_mesh
 from mesh.client import Client, ClientSettings, resolve
 from mesh.commands.documents import OWN_PROJECT, change_document, operator_settings
 from mesh.commands.limits import COLUMNS, amount_options
+from mesh.commands.prompts import load_prompt_key
 from mesh.commands.shared import Duration, F, MeshCommand, json_option, note, print_json, print_table, run
 from mesh.commands.user import access_options, get, objects
 from mesh.documents import ENDPOINT_KIND, MAX_PROJECT_CHARS, Document
@@ -56,6 +57,13 @@ def project_option(command: F) -> F:
 
 def content_options(command: F) -> F:
     for decorate in (
+        click.option("--key", "key_file", type=click.Path(path_type=Path), metavar="FILE", help="Opens what is kept; made if missing."),
+        click.option("--keep", type=Duration(), metavar="TIME", help="How long what is kept is kept, 1m to 90d. [7d]"),
+        click.option(
+            "--prompts",
+            type=click.Choice([OFF, REDACTED, FULL]),
+            help="Keep prompts and answers, sealed to --key: redacted, or in full. [off]",
+        ),
         amount_options,
         click.option(
             "--timeout", type=Duration(), metavar="TIME", help="Longest answer where a request does not say; 0s: the proxy's own."
@@ -319,14 +327,3 @@ def _public_key(path: Path) -> bytes:
         write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         note(f"made {path}: whoever has it can read what is kept, and nobody can without it")
     return load_prompt_key(path).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-
-
-def load_prompt_key(path: Path) -> X25519PrivateKey:
-    """Raises `ConfigError`."""
-    try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read as a key: {error}") from None
-    if not isinstance(key, X25519PrivateKey):
-        raise ConfigError(f"{path} is a key of another kind: `mesh endpoint set NAME --prompts redacted --key FILE` makes the right one")
-    return key

@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from mesh.commands.asking import Asked, Day, ask_options, asking, lost_nodes, settings_of, tell_gaps
+from mesh.commands.prompts import load_prompt_key, project_of, show_prompts
 from mesh.commands.shared import MeshCommand, run
-from mesh.errors import ApiError
+from mesh.errors import ApiError, UsageError
 from mesh.exports import moment
 from mesh.filters import Test, parse_filter
 from mesh.ledger import Query
@@ -43,6 +44,8 @@ LOG_TEXTS = {name: name for name in ("status", "model", "project", "key", "endpo
 @click.option("--filter", "wanted", metavar="TEXT", help=f"Fields: {', '.join([*LOG_NUMBERS, *LOG_TEXTS])}; = != > < ~, and, or, not, ( ).")
 @click.option("--since", type=Day(), default="1h", show_default=True, metavar="WHEN", help="From this moment: a date, or how long ago.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the last so many. [all]")
+@click.option("--prompts", is_flag=True, help="What was asked and answered, where --endpoint keeps it; takes the role deployer and --key.")
+@click.option("--key", "key_file", type=click.Path(path_type=Path), metavar="FILE", help="Opens what --prompts finds.")
 @click.option("--follow", is_flag=True, help="Go on with what comes in, until Ctrl-C.")
 @ask_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
@@ -53,6 +56,8 @@ def logs(
     wanted: str | None,
     since: float,
     limit: int | None,
+    prompts: bool,
+    key_file: Path | None,
     follow: bool,
     url: str | None,
     api_key: str | None,
@@ -60,9 +65,18 @@ def logs(
     home: Path,
     as_json: bool,
 ) -> None:
-    """Who called what, when, how long it took and how it ended, over all proxies. Never what was asked or answered."""
+    """Who called what, when, how long it took and how it ended, over all proxies. Never what was asked or answered.
+
+    But for endpoints that keep just that (`mesh endpoint set --prompts`): --prompts shows it to whoever has the key it is sealed to.
+    """
     test = _test(endpoint, model, wanted)
     settings = settings_of(home, url, api_key, whole_mesh)
+    if prompts or key_file is not None:
+        if not prompts or endpoint is None or key_file is None or wanted or follow or model:
+            raise UsageError("--prompts goes with --endpoint E and --key FILE, and takes --project, --since and --limit beside them")
+        key, owner = load_prompt_key(key_file), project_of(settings, project)
+        run(lambda: show_prompts(settings, owner, endpoint, key, since=since, limit=limit, as_json=as_json))
+        return
 
     async def show() -> None:
         async with asking(settings) as mesh:

@@ -185,7 +185,7 @@ def _text_of(event: dict[str, Any], part: str) -> str:
     first = choices[0] if isinstance(choices, list) and choices else None
     holder = first.get(part) if isinstance(first, dict) else None
     content = holder.get("content") if isinstance(holder, dict) else None
-    return _printable(content) if isinstance(content, str) else ""
+    return printable(content) if isinstance(content, str) else ""
 
 
 def _finish_of(event: dict[str, Any]) -> str | None:
@@ -194,7 +194,7 @@ def _finish_of(event: dict[str, Any]) -> str | None:
     return first.get("finish_reason") if isinstance(first, dict) else None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A model's words must not drive the terminal: control characters other than line ends and tabs are shown, not sent."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 

@@ -110,6 +110,72 @@ async def test_an_endpoint_is_made_called_limited_and_logged(deployment: Deploym
         assert again["seq"] == 5, "what is gone can be made again; its versions go on"
 
 
+async def test_prompts_are_read_back_by_who_has_the_key_from_all_proxies(deployment: Deployment, tmp_path: Path) -> None:
+    key_file, text = tmp_path / "prompts.key", "I am alice@example.org and that is a secret"
+    async with FakeEngine() as engine:
+        await deployment.bootstrap()
+        one, other = await deployment.proxy("p1"), await deployment.proxy("p2")
+        worker = await external(deployment, "w1", engine)
+        for proxy in (one, other):
+            await deployment.until_ready(proxy, worker)
+        keeping = ("--prompts", "redacted", "--keep", "1h", "--key", str(key_file))
+        made = await mesh(deployment.home, one, "endpoint", "create", "chat", "--project", "search", "--model", "fake", *keeping)
+        assert (made["prompts"]["mode"], made["prompts"]["keep_s"]) == ("redacted", 3600)
+        assert key_file.stat().st_mode & 0o777 == 0o600
+        key = deployment.key(project="search")
+
+        async def known() -> bool:
+            return all(["chat" in await deployment.models(proxy, key) for proxy in (one, other)])
+
+        await until(known, what="both proxies to hear of it")
+        for proxy, stream in ((one, False), (other, True)):
+            body = {"model": "chat", "messages": [{"role": "user", "content": text}], "stream": stream, "max_tokens": 8}
+            async with deployment.http.post(
+                f"{proxy.api}/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}
+            ) as response:
+                assert response.status == 200
+                await response.read()
+
+        async def read(key_file: Path, *more: str) -> list[dict[str, Any]]:
+            asked = ("logs", "--endpoint", "chat", "--prompts", "--key", str(key_file), "--url", one.root, "--json", *more)
+            code, output, errors = await command(deployment.home, *asked)
+            assert code == 0, errors
+            return [json.loads(line) for line in output.splitlines()]
+
+        deployer = ("--api-key", deployment.key("deployer", project="search"))
+
+        async def both() -> bool:
+            return len(await read(key_file, *deployer)) == 2
+
+        await until(both, what="what both proxies kept")
+        for record in await read(key_file, "--all", "--project", "search"):
+            assert record["prompt"]["messages"][0]["content"] == "I am [email] and that is a secret"
+            assert (record["status"], record["model"]) == ("ok", "fake")
+            assert record["answer"]
+        await mesh(
+            deployment.home,
+            one,
+            "endpoint",
+            "create",
+            "spare",
+            "--project",
+            "search",
+            "--model",
+            "fake",
+            *keeping[:4],
+            "--key",
+            f"{key_file}.2",
+        )
+        assert await read(Path(f"{key_file}.2"), *deployer) == [], "sealed to another key"
+        code, _, errors = await command(
+            deployment.home, "logs", "--endpoint", "chat", "--prompts", "--key", str(key_file), "--url", one.root, "--api-key", key
+        )
+        assert (code, "deployer" in errors) == (1, True)
+    for path in deployment.home.rglob("*"):
+        if path.is_file():
+            assert b"that is a secret" not in path.read_bytes(), path
+
+
 async def test_deployers_make_endpoints_of_their_project_and_nobody_else_does(deployment: Deployment, tmp_path: Path) -> None:
     await deployment.bootstrap()
     proxy = await deployment.proxy()

@@ -12,19 +12,27 @@ from typing import Any
 
 import aiohttp
 import pytest
+import structlog
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from mesh.documents import Document
+from mesh.endpoints import Recording
 from mesh.ledger import LEDGER_FILE, Ledger, Query, signer
 from mesh.limits import Limit, Limits, encode_limits
 from mesh.link.link import IncomingStream
+from mesh.prompts import Kept, PromptQuery, open_record
 from mesh.receipts import Receipt, parse_receipt
 from mesh.records import ModelEntry
 from mesh.trust import Role
+from proxy.prompts import keeper
 from tests.support.authority import make_mesh
 from tests.support.fake_engine import FakeEngine
 from tests.support.front import Front
 
 MESH = make_mesh(now=time.time() - 3600)
+PROMPT_KEY = X25519PrivateKey.generate()
+PUBLIC = PROMPT_KEY.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
 QWEN, LLAMA = ModelEntry(name="Qwen/Qwen3-8B"), ModelEntry(name="llama")
 
 
@@ -229,3 +237,98 @@ async def test_viewers_see_their_projects_endpoints_and_what_leads_nowhere(front
     assert len(all_of_them["endpoints"]) == 3
     _, own = await get(front, "/mesh/v1/endpoints", front.key(project="other", roles=frozenset({"admin"})))
     assert len(own["endpoints"]) == 1
+
+
+async def streamed(stream: IncomingStream, head: dict[str, Any]) -> None:
+    await stream.read_body(max_bytes=head["size"])
+    stream.accept()
+    stream.send_head({"status": 200, "type": "text/event-stream"})
+    for piece in ("write to bo", "b@exam", "ple.org"):
+        event = {"choices": [{"index": 0, "delta": {"content": piece}}]}
+        await stream.send(b"data: %b\n\n" % json.dumps(event).encode())
+    await stream.send(b"data: [DONE]\n\n")
+    stream.end({"in": 3, "out": 3})
+
+
+async def kept_by(front: Front, count: int) -> list[Kept]:
+    async with asyncio.timeout(20):
+        while front.prompts.kept < count:
+            await asyncio.sleep(0.02)
+    return list((await front.prompts.page(PromptQuery(project="p", endpoint="chat"))).kept)
+
+
+async def test_prompts_are_kept_where_the_endpoint_says_so_and_nowhere_else(front: Front, tmp_path: Path) -> None:
+    await front.worker(streamed, models=(QWEN,))
+    front.endpoint("chat", model="Qwen/Qwen3-8B", recording=Recording(public_key=PUBLIC, keep_s=3600))
+    front.endpoint("quiet", model="Qwen/Qwen3-8B")
+    with structlog.testing.capture_logs() as log:
+        for model in ("Qwen/Qwen3-8B", "quiet", "chat", "chat"):
+            status, text = await ask_for_stream(front, model, "My number is +49 30 901820")
+            assert (status, "ple.org" in text) == (200, True), "what the client gets is whole"
+        kept = await kept_by(front, 2)
+    assert "901820" not in str(log)
+    assert len(kept) == front.prompts.kept == 2
+    record = json.loads(open_record(kept[0].sealed, PROMPT_KEY, project="p", endpoint="chat", request_id=kept[0].id))
+    assert (record["request"], record["model"], record["status"], record["task"]) == (kept[0].id, "Qwen/Qwen3-8B", "ok", "chat")
+    assert record["prompt"]["messages"] == [{"role": "user", "content": "My number is [phone]"}]
+    assert record["answer"] == {"choices.0.delta.content": "write to [email]"}
+    on_disk = contents(tmp_path)
+    assert on_disk
+    for secret in (b"901820", b"My number", b"[phone]", b"write to"):
+        assert secret not in on_disk, "it is sealed"
+    front.endpoint("chat", model="Qwen/Qwen3-8B", recording=Recording(public_key=PUBLIC, keep_s=3600, full=True))
+    await ask_for_stream(front, "chat", "My number is +49 30 901820")
+    last = (await kept_by(front, 3))[-1]
+    assert b"901820" in open_record(last.sealed, PROMPT_KEY, project="p", endpoint="chat", request_id=last.id)
+    front.endpoint("chat", model="Qwen/Qwen3-8B")
+    await ask_for_stream(front, "chat", "My number is +49 30 901820")
+    assert len(await kept_by(front, 3)) == 3
+
+
+def contents(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.glob("prompts.db*"))
+
+
+async def ask_for_stream(front: Front, model: str, text: str) -> tuple[int, str]:
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": True}
+    headers = {"Authorization": f"Bearer {front.key()}"}
+    async with aiohttp.ClientSession() as session, session.post(f"{front.url}/v1/chat/completions", json=body, headers=headers) as response:
+        return response.status, await response.text()
+
+
+async def test_a_disk_that_takes_nothing_and_a_queue_that_is_full_fail_no_request(
+    front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await front.worker(whole, models=(QWEN,))
+    front.endpoint("chat", model="Qwen/Qwen3-8B", recording=Recording(public_key=PUBLIC, keep_s=3600))
+    (tmp_path / "prompts.db").mkdir()
+    assert (await ask(front, "chat", front.key()))[0] == 200
+    async with asyncio.timeout(20):
+        while front.prompts.dropped < 1:
+            await asyncio.sleep(0.02)
+    monkeypatch.setattr(keeper, "MAX_WAITING", 0)
+    assert (await ask(front, "chat", front.key()))[0] == 200
+    assert (front.prompts.kept, front.prompts.dropped) == (0, 2)
+
+
+async def test_only_deployers_of_the_project_read_what_was_kept(front: Front) -> None:
+    await front.worker(whole, models=(QWEN,))
+    front.endpoint("chat", model="Qwen/Qwen3-8B", recording=Recording(public_key=PUBLIC, keep_s=3600))
+    assert (await ask(front, "chat", front.key()))[0] == 200
+    await kept_by(front, 1)
+    deployer = front.key(roles=frozenset({"deployer"}))
+    status, told = await get(front, "/mesh/v1/prompts", deployer)
+    page = f"/mesh/v1/prompts?node={told['nodes'][0]}&endpoint=chat"
+    status, told = await get(front, page, deployer)
+    assert (status, len(told["kept"]), told["more"]) == (200, 1, False)
+    for roles in ({"viewer"}, {"invoker"}):
+        assert (await get(front, page, front.key(roles=frozenset(roles))))[0] == 403
+    for project in ("other", "mesh"):
+        status, told = await get(front, page + "&project=p", front.key(roles=frozenset({"deployer"}), project=project))
+        assert (status, told["error"]["param"]) == (400, "project")
+    status, told = await get(front, page, front.key(roles=frozenset({"deployer"}), project="other"))
+    assert (status, told["kept"]) == (200, [])
+    status, told = await get(front, page + "&project=p", front.key(roles=frozenset({"admin"}), project="mesh"))
+    assert (status, len(told["kept"])) == (200, 1)
+    status, told = await get(front, f"/mesh/v1/prompts?node={'00' * 32}&endpoint=chat", deployer)
+    assert (status, told["error"]["param"]) == (400, "node")

@@ -27,7 +27,7 @@ from mesh.records import Capability, ModelEntry, Record, State
 from mesh.trust import Role
 from proxy.app import App, Routes
 from proxy.config import ProxyConfig
-from proxy.deployments import EndpointRoutes
+from proxy.deployments import EndpointRoutes, PromptRoutes
 from proxy.documents import DocumentRoutes
 from proxy.endpoints import Endpoints
 from proxy.explain import Explainer
@@ -39,6 +39,7 @@ from proxy.metering import Meter
 from proxy.metrics import Metrics
 from proxy.orders import Orders
 from proxy.peers import Proxies
+from proxy.prompts.keeper import Prompts
 from proxy.server import HttpServer
 from proxy.usage import UsageRoutes
 from proxy.views import Views
@@ -173,6 +174,7 @@ class Front:
         self.endpoints = Endpoints()
         self.endpoints.on_change = self.limits.renew
         self.endpoints.follow(self.shelf, self.shelf.trust)
+        self.prompts = Prompts(folder / "prompts.db", clock=self.clock)
         self._ready = views.ready_models
         gate = Gate(mesh.trust(), clock=self.clock)
         rng = random.Random(1)
@@ -186,6 +188,7 @@ class Front:
             rng=rng,
             meter=Meter(ledger),
             endpoints=self.endpoints,
+            prompts=self.prompts,
         )
         self.app = App(
             self.inference,
@@ -219,7 +222,8 @@ class Front:
         orders = Orders(self.fleet, proxies, cordon, trust, clock=self.clock)
         documents = DocumentRoutes(self.shelf, trust, clock=self.clock)
         deployments = EndpointRoutes(self.endpoints, Gate(self.mesh.trust(), clock=self.clock), keeper=self.shelf, ready=self._ready)
-        return {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes()}
+        kept = PromptRoutes(self.prompts, Gate(self.mesh.trust(), clock=self.clock), own=identity.node_id, proxies=dict)
+        return {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes(), **kept.routes()}
 
     async def __aenter__(self) -> Front:
         self.port = await self.server.start()
@@ -233,6 +237,7 @@ class Front:
         for worker in list(self.fleet.workers.values()):
             worker.link.abort("the test is over")
         await self.server.stop()
+        await self.prompts.stop()
 
     @property
     def url(self) -> str:

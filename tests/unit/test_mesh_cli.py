@@ -18,7 +18,7 @@ from mesh.authority import open_mesh
 from mesh.cli import main
 from mesh.client import parse_url, resolve
 from mesh.commands.shared import ago
-from mesh.commands.user import _printable as printable
+from mesh.commands.user import printable
 from mesh.errors import ConfigError, UsageError
 from mesh.invite import parse_token, verify_invite
 from mesh.up import DEFAULT_MODEL, DEFAULT_SERVED_NAME, Plan
