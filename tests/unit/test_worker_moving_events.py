@@ -5,6 +5,7 @@ llama.cpp's server in xllamacpp 2026.10, recorded.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from worker.moving import trail as trails
 from worker.moving.ids import WISHES, read_event
 from worker.moving.tracked import TrackedEvents, join_pieces
 from worker.moving.trail import Gap, Trail, hash_prompt, parse_trail
+from worker.usage import Usage
 
 VLLM_ROLE = (
     '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1795268373,"model":"smollm2","choices":[{"index":0,"delta":'
@@ -256,13 +258,17 @@ def test_tasks_have_wishes() -> None:
 
 @given(st.lists(st.tuples(st.text(max_size=12), st.integers(0, 200_000)), max_size=12), st.booleans())
 def test_usual_events_are_cut_to_what_reading_them_gives(said: list[tuple[str, int]], ascii_only: bool) -> None:
-    """Read one by one, most events go the short way; read in pieces of 50 bytes, none does."""
+    """Read one by one or three by three, most events go the short way; read in pieces of 50 bytes, none does."""
     told = [("word", 5), ('tricky","logprobs":null,"finish_reason":null,"token_ids":[9]', 6), *said]
     events = [VLLM_ROLE % "[1,2]", *(VLLM_TOKEN % (json.dumps(text, ensure_ascii=ascii_only), f"[{token}]") for text, token in told)]
-    short, long = (TrackedEvents(TokenIds.VLLM, show_usage=True) for _ in range(2))
-    pieces = [piece for event in events for piece in short.feed(sse(event))]
     whole = sse(*events)
-    others = [piece for at in range(0, len(whole), 50) for piece in long.feed(whole[at : at + 50])]
-    for one in (0, 1):
-        assert b"".join(piece[one] for piece in pieces) == b"".join(piece[one] for piece in others)
-    assert parse_trail(b"".join(trail for trail, _ in pieces)).ids == [token for _, token in told]
+
+    def read(reads: Iterable[bytes]) -> tuple[bytes, bytes, Usage]:
+        tracked = TrackedEvents(TokenIds.VLLM, show_usage=True)
+        pieces = [piece for data in reads for piece in tracked.feed(data)]
+        return b"".join(trail for trail, _ in pieces), b"".join(shown for _, shown in pieces), tracked.so_far
+
+    slowly = read(whole[at : at + 50] for at in range(0, len(whole), 50))
+    assert read(map(sse, events)) == slowly
+    assert read([*map(sse, events[:2]), *(sse(*events[at : at + 3]) for at in range(2, len(events), 3))]) == slowly
+    assert parse_trail(slowly[0]).ids == [token for _, token in told]

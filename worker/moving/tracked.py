@@ -80,22 +80,52 @@ class TrackedEvents:
         return pieces if self.complete else []
 
     def _usual(self, data: bytes) -> Piece | None:
-        """One event that looks like those before it, without a closer look; None for anything else."""
+        """Events that look like those before them, without a closer look; None for anything else."""
         before, between, after, hidden = self._shape or _NO_SHAPE
         if not (data.startswith(before) and data.endswith(after)) or self._waiting or self._last is not None:
             return None
         at = data.rfind(between)
         text, token = data[len(before) : at], data[at + len(between) : -len(after)]
-        if at < 0 or not token.isdigit() or len(token) > 9 or b'"' in text or b"\\" in text or b"\n" in text:
+        if at < 0 or not token.isdigit() or len(token) > 9:
             return None
+        if b'"' in text or b"\\" in text or b"\n" in text:
+            return self._several(data)
         self._seen += 1
         chars = len(text) if text.isascii() else len(text.decode("utf-8", "replace"))
         return trails.encode_token(chars, int(token)), data[:at] + hidden
 
+    def _several(self, data: bytes) -> Piece | None:
+        """As `_usual`, of several events in one read: they come so where the worker cannot keep up, and must not cost more each then."""
+        before, between, after, hidden = self._shape or _NO_SHAPE
+        *events, _ = data.split(after)
+        skip, records, shown = len(before), [], []
+        for event in events:
+            at = event.rfind(between)
+            text, token = event[skip:at], event[at + len(between) :]
+            if at < skip or not event.startswith(before) or not token.isdigit() or len(token) > 9:
+                return None
+            if b'"' in text or b"\\" in text or b"\n" in text:
+                return None
+            records.append(trails.encode_token(len(text) if text.isascii() else len(text.decode("utf-8", "replace")), int(token)))
+            shown.append(event[:at])
+        trail, whole = b"".join(records), hidden.join([*shown, b""])
+        if len(trail) > MAX_TRAIL_PIECE_BYTES or len(whole) > MAX_TOKENS_DATA_BYTES:
+            return None
+        self._seen += len(events)
+        return trail, whole
+
     def _learn(self, event: bytes, told: Told) -> None:
         """What this stream's usual events look like, if this is one."""
         text = told.text
-        if told.count != 1 or told.finish or not text or not (text.isascii() and text.isprintable()) or '"' in text or "\\" in text:
+        if (
+            told.count != 1
+            or told.finish
+            or told.prompt_ids
+            or not text
+            or not (text.isascii() and text.isprintable())
+            or '"' in text
+            or "\\" in text
+        ):
             return
         before, found, rest = event.rpartition(b':"' + text.encode() + b'"')
         between, bracket, after = rest.partition(b'"token_ids":[%d]' % told.ids[0])
@@ -147,7 +177,7 @@ class TrackedEvents:
             self._shape = None
             yield trails.encode_fixed(told.odd or "shape") if self._begun else b"", b""
             record = b""
-        elif self._shape is None and self._way is TokenIds.VLLM:
+        elif self._way is TokenIds.VLLM:
             self._learn(event, told)
         if told.finish and not self._fixed:
             # With what comes next: llama.cpp counts a last token that it tells nowhere, so usage must not be left to a successor.

@@ -1,16 +1,16 @@
 /* An OpenAI-compatible engine stand-in: answers at once or streams at a fixed rate, and costs next to nothing.
  *
- * engine [--port P] [--rate TOKENS_PER_S] [--spread] [--model NAME] [--verbose]
+ * engine [--port P] [--rate TOKENS_PER_S] [--spread] [--token-ids] [--model NAME] [--verbose]
  *
  * Every streamed token carries the monotonic time (ns) at which it was sent, the first one also that at which its request had
  * arrived: "@<sent>" or "@<sent>,<arrived>". On one machine that gives the client the delay a front door adds to each token.
  * All streams get their token in the same step, as from an engine with continuous batching; --spread gives every stream a phase
- * of its own (a step every millisecond), as from many engines. */
+ * of its own (a step every millisecond), as from many engines. With --token-ids it tells them where asked to, as vLLM does. */
 #include "../native/base.h"
 
 #define EVENT_MAX 512
 struct app {
-    int tokens_left, slot, index, usage, total, first, chat;
+    int tokens_left, slot, index, usage, total, first, chat, ids;
     int64_t arrived_ns;
     unsigned id;
     int event_len, stamp_at;
@@ -20,7 +20,7 @@ struct app {
 #include "../native/server.h"
 
 static double rate = 50;
-static int slots = 1, verbose = 0, current_slot = 0, slot_for_next = 0;
+static int slots = 1, verbose = 0, token_ids = 0, current_slot = 0, slot_for_next = 0;
 static const char *model = "bench";
 static unsigned ids = 0;
 static int64_t started_ns, running, tokens_out, cancelled, stalled, late_steps, completed;
@@ -51,16 +51,19 @@ static void wheel_remove(conn *c) {
 static int make_event(char *out, int *len, const struct app *a, int stamp_len) {
     char json[EVENT_MAX];
     static const char zeros[] = "0000000000000000000,0000000000000000000";
+    char ids[64] = "", prompt[64] = "";
+    if (token_ids) snprintf(ids, sizeof ids, ",\"token_ids\":%s", a->ids ? "[100000]" : "null");
+    if (token_ids && a->first) snprintf(prompt, sizeof prompt, ",\"prompt_token_ids\":%s", a->ids ? "[1,2,3,4,5,6,7,8,9,10,11,12]" : "null");
     int n = a->chat ? snprintf(json, sizeof json,
                                "data: {\"id\":\"chatcmpl-%016x\",\"object\":\"chat.completion.chunk\",\"created\":1790000000,"
                                "\"model\":\"%.40s\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"@%.*s\"},"
-                               "\"logprobs\":null,\"finish_reason\":null}]}\n\n",
-                               a->id, model, stamp_len, zeros)
+                               "\"logprobs\":null,\"finish_reason\":null%s}]%s}\n\n",
+                               a->id, model, stamp_len, zeros, ids, prompt)
                     : snprintf(json, sizeof json,
                                "data: {\"id\":\"cmpl-%016x\",\"object\":\"text_completion\",\"created\":1790000000,"
                                "\"model\":\"%.40s\",\"choices\":[{\"index\":0,\"text\":\"@%.*s\","
-                               "\"logprobs\":null,\"finish_reason\":null}]}\n\n",
-                               a->id, model, stamp_len, zeros);
+                               "\"logprobs\":null,\"finish_reason\":null%s}]%s}\n\n",
+                               a->id, model, stamp_len, zeros, ids, prompt);
     *len = snprintf(out, EVENT_MAX, "%x\r\n%s\r\n", (unsigned)n, json);
     return (int)(strchr(out, '@') - out) + 1;
 }
@@ -129,15 +132,17 @@ static void generate(conn *c, int chat) {
     int64_t tokens = json_int(b, n, "max_tokens", json_int(b, n, "max_completion_tokens", 16));
     c->a.id = ++ids;
     c->a.chat = chat;
+    c->a.ids = token_ids && json_true(b, n, "return_token_ids");
     if (!json_true(b, n, "stream")) {
         char out[768];
         snprintf(out, sizeof out,
                  "{\"id\":\"chatcmpl-%016x\",\"object\":\"%s\",\"created\":1790000000,\"model\":\"%.40s\",\"choices\":[{\"index\":0,%s"
-                 "\"logprobs\":null,\"finish_reason\":\"stop\"}],"
+                 "%s\"logprobs\":null,\"finish_reason\":\"stop\"}],"
                  "\"usage\":{\"prompt_tokens\":12,\"completion_tokens\":16,\"total_tokens\":28}}",
                  c->a.id, chat ? "chat.completion" : "text_completion", model,
                  chat ? "\"message\":{\"role\":\"assistant\",\"content\":\"Hello there, this is an answer of a typical short length.\"},"
-                      : "\"text\":\"Hello there, this is an answer of a typical short length.\",");
+                      : "\"text\":\"Hello there, this is an answer of a typical short length.\",",
+                 c->a.ids ? "\"token_ids\":[100000]," : "");
         completed++;
         reply_json(c, 200, out);
         return;
@@ -146,9 +151,10 @@ static void generate(conn *c, int chat) {
     c->a.arrived_ns = now_ns();
     c->a.usage = json_true(b, n, "include_usage");
     c->a.total = c->a.tokens_left = (int)(tokens > 0 ? tokens : 1);
-    c->a.first = 1;
     if (!c->a.event && !(c->a.event = malloc(EVENT_MAX))) die("malloc");
+    c->a.first = 0;
     c->a.stamp_at = make_event(c->a.event, &c->a.event_len, &c->a, 19);
+    c->a.first = 1;
     c->busy = 1;
     wheel_add(c, slot_for_next);
     slot_for_next = (slot_for_next + 7) % slots;
@@ -177,6 +183,7 @@ static void on_request(conn *c) {
     if (verbose) fprintf(stderr, "%s %s %zu\n", c->m.method, c->m.path, c->body.len);
     if (!strcmp(path, "/v1/chat/completions")) return generate(c, 1);
     if (!strcmp(path, "/v1/completions")) return generate(c, 0);
+    if (token_ids && !strcmp(path, "/detokenize")) return reply_json(c, 200, "{\"prompt\":\"Hi\"}");
     if (strstr(path, "/render") || !strcmp(path, "/tokenize")) {
         static buf answer;
         render_answer(&answer, path, model, c->body.p, c->body.len);
@@ -225,6 +232,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--rate")) rate = atof(argv[++i]);
         else if (!strcmp(argv[i], "--model")) model = argv[++i];
         else if (!strcmp(argv[i], "--spread")) slots = 0;
+        else if (!strcmp(argv[i], "--token-ids")) token_ids = 1;
         else if (!strcmp(argv[i], "--verbose")) verbose = 1;
         else {
             fprintf(stderr, "engine: unknown option %s\n", argv[i]);

@@ -44,11 +44,11 @@ class Target:
 
 
 @contextmanager
-def engine(cores: Sequence[int], spread: bool = False) -> Iterator[tuple[int, int]]:
+def engine(cores: Sequence[int], spread: bool = False, *options: str) -> Iterator[tuple[int, int]]:
     """The stand-in, as (pid, port)."""
     binary = native.build(HERE / "engine.c")
     wanted = set(cores)
-    argv = [str(binary), "--rate", str(TOKENS_PER_S), *(["--spread"] if spread else [])]
+    argv = [str(binary), "--rate", str(TOKENS_PER_S), *(["--spread"] if spread else []), *options]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, wanted))
     try:
         assert process.stdout is not None
