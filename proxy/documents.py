@@ -102,6 +102,10 @@ class DocumentRoutes:
         except (DirectoryError, TimeoutError) as error:
             log.warning("document.few_holders", document=document.title, seq=document.seq, reason=str(error) or "too slow")
         self._keeper.accept_document(document.signed)
+        held = self._keeper.held_document(document.kind, document.name, project=document.project)
+        if not holders and (held is None or held.seq < document.seq):
+            whose = f"the project '{document.project}'" if document.project else "the mesh"
+            raise NoRoom(f"There is no room for another document of {whose}; those of what was deleted count as well", retry_after_s=60.0)
         return holders
 
     async def list(self, request: web.BaseRequest, request_id: str) -> web.Response:

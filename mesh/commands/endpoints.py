@@ -93,7 +93,7 @@ def create(
     **content: Any,
 ) -> None:
     """Make an endpoint: keys of its project call it as they call a model, by its name. Limits hold beside all others."""
-    authority, owner = open_mesh(home / "mesh"), _project(project, home, api_key)
+    authority, owner = _signing(home), _project(project, home, api_key)
     fresh = _changed(Endpoint(project=owner, name=_name(name), model=_model(model)), content)
 
     def change(former: Document | None) -> bytes:
@@ -124,7 +124,7 @@ def set_endpoint(
     """Change what is named and leave the rest; 'none' takes a limit away. Requests under way are not disturbed."""
     if model is None and all(value is None for value in content.values()):
         raise UsageError("what should change? --model, --timeout, a limit such as --rps, or --prompts")
-    authority, owner = open_mesh(home / "mesh"), _project(project, home, api_key)
+    authority, owner = _signing(home), _project(project, home, api_key)
 
     def change(former: Document | None) -> bytes:
         found = parse_endpoint(former) if former is not None else None
@@ -144,7 +144,7 @@ def set_endpoint(
 @json_option
 def delete(name: str, project: str | None, url: str | None, api_key: str | None, home: Path, as_json: bool) -> None:
     """Take an endpoint away: calls of it find no such model. What was kept of prompts stays for its time."""
-    authority, owner = open_mesh(home / "mesh"), _project(project, home, api_key)
+    authority, owner = _signing(home), _project(project, home, api_key)
 
     def change(former: Document | None) -> bytes:
         if former is None or parse_endpoint(former) is None:
@@ -256,6 +256,17 @@ def _settings(authority: Authority, home: Path, url: str | None, api_key: str | 
     with suppress(UsageError, TrustError):
         return operator_settings(authority, home, url=url, api_key=api_key)
     return resolve(home, url=url, api_key=api_key, environ=os.environ)
+
+
+def _signing(home: Path) -> Authority:
+    """Who signs here. Raises `ConfigError`."""
+    if not (home / "mesh" / "mesh.json").exists():
+        raise ConfigError(
+            "an endpoint is signed, which an API key cannot do: ask the mesh's operator for an issuer of your project "
+            "(`mesh issuer create NAME --project P --role deployer --role viewer --may document --may key --out FILE`), "
+            "then `mesh issuer import FILE`"
+        )
+    return open_mesh(home / "mesh")
 
 
 def _operates(home: Path, api_key: str | None) -> bool:

@@ -159,5 +159,6 @@ def _show_log(record: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(record, ensure_ascii=False))
         return
     tokens = f"{record['prompt_tokens']}+{record['completion_tokens']}"
-    parts = (record["time"], record["request"], record["project"], record["model"] or "-", record["status"], f"{record['latency_ms']}ms")
+    called = f"{record['endpoint']}={record['model']}" if record["endpoint"] else record["model"] or "-"
+    parts = (record["time"], record["request"], record["project"], called, record["status"], f"{record['latency_ms']}ms")
     click.echo("  ".join([*parts, f"first={record['first_byte_ms']}ms", f"tokens={tokens}", f"worker={record['worker'] or '-'}"]))

@@ -157,7 +157,9 @@ def create_key(
         print_json({"key": text, **claims.describe()})
         return
     click.echo(text)
-    note(f"project {project}, {' and '.join(role)}, {', '.join(model) or 'all models'}, until {day(claims.expires)}")
+    called = ", ".join(model) or ("any model behind them" if endpoint else "all models")
+    through = f"endpoints {', '.join(endpoint)}, " if endpoint else ""
+    note(f"project {project}, {' and '.join(role)}, {through}{called}, until {day(claims.expires)}")
 
 
 @key.command("inspect", cls=MeshCommand, epilog="Example: mesh key inspect - < key.txt")

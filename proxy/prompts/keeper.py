@@ -105,9 +105,13 @@ class Prompts:
         if self._waiting >= MAX_WAITING or self._waiting_bytes + job.held_bytes > MAX_WAITING_BYTES:
             self.dropped += 1
             return
+        try:
+            written = asyncio.get_running_loop().run_in_executor(self._thread, self._write, job)
+        except RuntimeError:  # this process ends
+            self.dropped += 1
+            return
         self._waiting += 1
         self._waiting_bytes += job.held_bytes
-        written = asyncio.get_running_loop().run_in_executor(self._thread, self._write, job)
         written.add_done_callback(partial(self._written, job.held_bytes))
 
     def _written(self, size: int, written: asyncio.Future[None]) -> None:

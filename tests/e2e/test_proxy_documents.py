@@ -14,6 +14,7 @@ import pytest
 
 from mesh.apikey import KeyRole
 from mesh.authority import KEYS_KID, NODES_KID
+from mesh.dht.documents import PROJECT_ROOM
 from mesh.documents import Document, next_version, parse_document, seal_document
 from mesh.envelope import MAX_ENVELOPE_BYTES
 from proxy.access import ACCESS, ROLES, Access, access_of
@@ -91,6 +92,16 @@ async def test_of_two_writers_the_second_is_told_what_there_is(http: aiohttp.Cli
     assert "the newest is 2" in body["error"]["message"]
     assert (await posted(http, front, first.signed))[0] == 409
     assert front.shelf.held_document("limits", "default").body == b"alice"
+
+
+async def test_a_writer_is_told_where_there_is_no_room_for_a_new_document(http: aiohttp.ClientSession, front: Front) -> None:
+    front.shelf.holders = 0
+    for number in range(PROJECT_ROOM.documents + 1):
+        version = next_version(None, kind="endpoint", name=f"e{number}", project="search", body=b"", now=time.time())
+        status, body = await posted(http, front, seal_document(version, MESH.keys_issuer, KEYS_KID).signed)
+        if number < PROJECT_ROOM.documents:
+            assert status == 200
+    assert (status, body["error"]["code"], "'search'" in body["error"]["message"]) == (503, "no_room", True)
 
 
 async def test_the_same_again_is_no_conflict(http: aiohttp.ClientSession, front: Front) -> None:

@@ -27,6 +27,7 @@ from mesh.records import ModelEntry
 from mesh.trust import Role
 from proxy.prompts import keeper
 from tests.support.authority import make_mesh
+from tests.support.clocks import StoppedClock
 from tests.support.fake_engine import FakeEngine
 from tests.support.front import Front
 
@@ -332,3 +333,18 @@ async def test_only_deployers_of_the_project_read_what_was_kept(front: Front) ->
     assert (status, len(told["kept"])) == (200, 1)
     status, told = await get(front, f"/mesh/v1/prompts?node={'00' * 32}&endpoint=chat", deployer)
     assert (status, told["error"]["param"]) == (400, "node")
+
+
+async def test_what_is_over_is_gone_from_the_disk_by_itself(front: Front, tmp_path: Path) -> None:
+    await front.worker(whole, models=(QWEN,))
+    front.endpoint("chat", model="Qwen/Qwen3-8B", recording=Recording(public_key=PUBLIC, keep_s=3600))
+    assert (await ask(front, "chat", front.key()))[0] == 200
+    (kept,) = await kept_by(front, 1)
+    assert kept.sealed[-100:] in contents(tmp_path)
+    front.prompts._clock = StoppedClock(time.time() + 3601)
+    sweeping = asyncio.create_task(front.prompts.run())
+    async with asyncio.timeout(20):
+        while kept.sealed[-100:] in contents(tmp_path):
+            await asyncio.sleep(0.02)
+    sweeping.cancel()
+    assert (await front.prompts.page(PromptQuery(project="p", endpoint="chat"))).kept == ()

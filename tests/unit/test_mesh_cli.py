@@ -287,3 +287,51 @@ def test_plan_hands_engine_arguments_on_after_two_dashes() -> None:
 def test_plans_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Path, arguments: list[str]) -> None:
     assert mesh(tmp_path, "up", *arguments).exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["create", "chat", "--model", "m"],
+        ["create", "chat", "--project", "p"],
+        ["create", "a/b", "--model", "m", "--project", "p"],
+        ["create", "chat", "--model", "", "--project", "p"],
+        ["create", "chat", "--model", "m", "--project", "p", "--timeout", "2d"],
+        ["create", "chat", "--model", "m", "--project", "p", "--burst", "0"],
+        ["create", "chat", "--model", "m", "--project", "p", "--keep", "1h"],
+        ["create", "chat", "--model", "m", "--project", "p", "--prompts", "redacted"],
+        ["create", "chat", "--model", "m", "--project", "p", "--prompts", "full", "--key", "KEY", "--keep", "91d"],
+        ["create", "chat", "--model", "m", "--project", "p", "--prompts", "full", "--key", "OTHER"],
+        ["set", "chat", "--project", "p"],
+    ],
+    ids=" ".join,
+)
+def test_endpoints_that_cannot_be_are_refused_before_anybody_is_asked(home: Path, arguments: list[str]) -> None:
+    (home / "OTHER").write_text("no key")
+    named = [str(home / text) if text in ("KEY", "OTHER") else text for text in arguments]
+    result = mesh(home, "endpoint", *named, "--url", "http://127.0.0.1:9")
+    assert result.exit_code == 2, result.output
+    assert "cannot reach" not in result.output
+    assert "Traceback" not in result.output
+
+
+def test_who_holds_only_an_api_key_is_told_what_signing_an_endpoint_takes(tmp_path: Path) -> None:
+    result = mesh(tmp_path, "endpoint", "create", "chat", "--model", "m", "--project", "p")
+    assert result.exit_code == 2
+    assert "mesh issuer import" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--prompts"], ["--prompts", "--endpoint", "chat"], ["--key", "KEY"], ["--prompts", "--endpoint", "chat", "--key", "KEY", "--follow"]],
+)
+def test_prompts_take_an_endpoint_and_its_key(home: Path, arguments: list[str]) -> None:
+    result = mesh(home, "logs", *arguments, "--all", "--url", "http://127.0.0.1:9")
+    assert result.exit_code == 2
+    assert "--prompts goes with" in result.stderr
+
+
+def test_a_key_for_endpoints_says_so(home: Path) -> None:
+    made = mesh(home, "key", "create", "--project", "p", "--endpoint", "chat")
+    assert "endpoints chat" in made.stderr
+    assert "all models" not in made.stderr
