@@ -27,7 +27,9 @@ class ProxyConfig(NodeConfig):
     tls_cert: Path | None = setting(None, metavar="FILE", help="Certificate chain (PEM) of the API; reloaded when it changes.")
     tls_key: Path | None = setting(None, metavar="FILE", help="Private key (PEM) of that certificate.")
     processes: int = setting(
-        1, metavar="N", help="Processes that share the port; each is a node of its own, so the join token needs --uses N."
+        1,
+        metavar="N",
+        help="Processes that share the port; each is a node of its own: the join token needs --uses N, peers N ports from those given on.",
     )
     reuse_port: bool = setting(False, help="Let other processes listen on the same port; set for the children of --processes.")
     max_body_bytes: int = setting(64 << 20, metavar="SIZE", help="Largest request body taken.")
@@ -76,6 +78,8 @@ class ProxyConfig(NodeConfig):
         self.require(self.tls_cert is None or self.tls_key is not None, "tls_cert", "needs --tls-key beside it")
         self.require(self.tls_key is None or self.tls_cert is not None, "tls_key", "needs --tls-cert beside it")
         self.require(1 <= self.processes <= 256, "processes", "must be from 1 to 256")
+        for name in ("link_port", "dht_port"):
+            self.require(getattr(self, name) + self.processes <= 65536, name, "leaves no ports for the other processes")
         self.require(1024 <= self.max_body_bytes <= 4 << 30, "max_body_bytes", "must be from 1KiB to 4GiB")
         self.require(self.max_bodies_bytes >= self.max_body_bytes, "max_bodies_bytes", "must be at least --max-body")
         self.require(1024 <= self.max_head_bytes <= 1 << 20, "max_head_bytes", "must be from 1KiB to 1MiB")

@@ -1,7 +1,8 @@
 """``--processes N``: N proxies on one port, for machines with many cores.
 
 The kernel spreads connections over the processes (SO_REUSEPORT). Each is a node of its own, with its own identity, links and state folder
-``STATE/N``; they share nothing but the port. One that dies is started again.
+``STATE/N``; they share nothing but the port. Ports for peers that are given are those of the first process; the others take the ones
+that follow. One that dies is started again.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def _environment(config: ProxyConfig) -> dict[str, str]:
 
 def _command(config: ProxyConfig, number: int, port: int) -> list[str]:
     """This process's own command line, with what must differ put behind it: the last of two equal options wins."""
-    own = ["--processes", "1", "--reuse-port", "--port", str(port), "--link-port", "0", "--dht-port", "0"]
+    own = ["--processes", "1", "--reuse-port", "--port", str(port)]
+    for option, first in (("--link-port", config.link_port), ("--dht-port", config.dht_port)):
+        own += [option, str(first + number if first else 0)]  # each a port of its own: peers mean one node
     own += ["--name", f"{config.name or 'proxy'}-{number}", "--state-dir", str(config.state_dir / str(number))]
     return [sys.executable, "-m", "proxy", *sys.argv[1:], *own]
