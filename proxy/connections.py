@@ -97,6 +97,11 @@ class Connection(RequestHandler):
             self._head_bytes = 0
             self._connections.has_head(self)
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Said by every body that is read; aiohttp then has the parser look again, whether or not reading was paused."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
+
     def give_up(self, error: MeshError) -> None:
         """Answer a head that will not be waited for, and close."""
         if self.is_idle:

@@ -46,6 +46,11 @@ class _Connection(ResponseHandler):
         else:
             super().data_received(data)
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Said by every piece that is read; aiohttp then has the parser look again, whether or not reading was paused."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
+
 
 class EngineClient:
     """``idle_s``: how long an idle connection is kept; 0 keeps none. As many connections as there are requests: admission bounds those.
