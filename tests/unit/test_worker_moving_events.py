@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.errors import EngineUnavailable
 from mesh.link.frames import MAX_TOKENS_DATA_BYTES, MAX_TRAIL_PIECE_BYTES
 from worker.engine import Task, TokenIds
 from worker.engine.base import tells_token_ids
@@ -163,7 +164,6 @@ def delta(**fields: Any) -> str:
         ('{"choices":[{"index":0,"delta":{"content":"x"},"token_ids":["a"]}]}', "shape"),
         ('{"choices":[{"index":0,"delta":{"content":"x"},"token_ids":[-1]}]}', "shape"),
         ('{"choices":[{"index":0,"delta":{"content":"x"},"token_ids":[4294967296]}]}', "shape"),
-        ("no JSON", "shape"),
         (VLLM_TOKEN % ('"x"', json.dumps([100_000] * 100)), "shape"),
         (VLLM_TOKEN % (json.dumps("x" * (1 << 17)), "[7]"), "shape"),
     ],
@@ -176,6 +176,14 @@ def test_what_cannot_be_gone_on_with_is_passed_on_and_said_in_the_trail(event: s
     assert (trail.fixed, trail.ids, trail.done) == (why, [], False)
     assert b"".join(data for _, data in found).endswith(sse(VLLM_TOKEN % ('"y"', "null"), "[DONE]"))
     assert pieces.complete
+
+
+@pytest.mark.parametrize("event", [b"data: no JSON", b"data: {not json", b"\x00\xff\xfe garbage", b": \x80", b'data: {"id":"\xff"}'])
+def test_what_is_no_answer_is_not_passed_on(event: bytes) -> None:
+    events = TrackedEvents(TokenIds.VLLM, show_usage=True)
+    events.feed(sse(*vllm(True)[:2]))
+    with pytest.raises(EngineUnavailable):
+        events.feed(event + b"\n\n")
 
 
 def test_stream_whose_prompt_is_never_told_has_no_trail() -> None:

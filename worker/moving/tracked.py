@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from mesh.errors import EngineUnavailable
 from mesh.link.frames import MAX_TOKENS_DATA_BYTES, MAX_TRAIL_PIECE_BYTES
 from worker.engine.base import TokenIds
 from worker.moving import trail as trails
@@ -153,9 +154,13 @@ class TrackedEvents:
             yield b"" if self._fixed else trails.DONE, event + b"\n\n"
             return
         try:
-            told = read_event(self._way, data, self._seen)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            told = Told(data, odd="shape" if data else "")
+            if not data:
+                event.decode()  # clients read comments as text, too
+            told = read_event(self._way, data, self._seen) if data else Told(data)
+        except (msgspec.ValidationError, RecursionError):
+            told = Told(data, odd="shape")
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise EngineUnavailable("The worker's engine sent something that is no answer") from None
         if told.odd == "error":
             self.failure = data
             return
