@@ -2,10 +2,15 @@
 
 An endpoint goes before a model of the same name. Otherwise a worker that joins with a name which a project already uses for an endpoint
 would take that endpoint's calls, past its limits; so only who may sign for the project decides what a name means to it.
+
+Other proxies tell a new one of all endpoints when they link. Where there is none yet that could, a name that nobody here knows is looked
+for in the directory, once in a while, before its caller hears that there is no such model.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,13 +18,18 @@ import structlog
 
 from mesh.apikey import ApiKey
 from mesh.documents import ENDPOINT_KIND, Document
-from mesh.endpoints import Catalogue
+from mesh.endpoints import NAME, Catalogue
 from mesh.envelope import signer_of
-from mesh.errors import MalformedEnvelope
+from mesh.errors import MalformedEnvelope, MeshError
 from mesh.trust import Trust
 from proxy.openai import Call
 
 log = structlog.get_logger(__name__)
+
+LOOK_S = 2.0
+LOOK_AGAIN_S = 15.0
+LOOKS_AT_ONCE = 8
+MAX_LOOKED = 1_000
 
 
 class Keeper(Protocol):
@@ -29,6 +39,8 @@ class Keeper(Protocol):
 
     def on_document(self, callback: Callable[[Document], None]) -> None: ...
 
+    async def get_document(self, kind: str, name: str, *, project: str = "") -> Document | None: ...
+
 
 class Endpoints:
     """The endpoints in force at this proxy. ``on_change`` is called after each change."""
@@ -37,6 +49,9 @@ class Endpoints:
         self._catalogue = Catalogue()
         self._projects = self._catalogue.projects
         self.on_change: Callable[[], None] = lambda: None
+        self._keeper: Keeper | None = None
+        self._looked: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._looking = 0
 
     def follow(self, keeper: Keeper, trust: Trust) -> None:
         """Take the endpoints that are held, and hear of changes. With an issuer that goes, what it signed goes: then all are read anew."""
@@ -52,6 +67,7 @@ class Endpoints:
                 self.on_change()
 
         read()
+        self._keeper = keeper
         keeper.on_document(hear)
         trust.on_change(read)
 
@@ -61,6 +77,26 @@ class Endpoints:
         if named is None or (endpoint := named.get(call.model)) is None:
             return call
         return call._replace(model=endpoint.model, endpoint=endpoint)
+
+    async def look(self, key: ApiKey, call: Call) -> Call:
+        """As `find`, for a name that no worker serves either: after asking the directory, if that has not been done just now."""
+        asked, loop = (key.project, call.model), asyncio.get_running_loop()
+        again = self._looked.get(asked, 0.0) > loop.time()
+        if again or self._keeper is None or self._looking >= LOOKS_AT_ONCE or NAME.fullmatch(call.model) is None:
+            return call
+        self._looked[asked] = loop.time() + LOOK_AGAIN_S
+        self._looked.move_to_end(asked)
+        if len(self._looked) > MAX_LOOKED:
+            self._looked.popitem(last=False)
+        self._looking += 1
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await self._keeper.get_document(ENDPOINT_KIND, call.model, project=key.project)
+        except (TimeoutError, MeshError) as error:
+            log.info("endpoints.not_looked", error=type(error).__name__)
+        finally:
+            self._looking -= 1
+        return self.find(key, call)
 
     def names(self, key: ApiKey, ready: set[str]) -> set[str]:
         """What a key may call, of the models that are ready and of endpoints that lead to one of these."""

@@ -114,6 +114,8 @@ class Inference:
             self.meter.check()
             body = await self.bodies.read(request)
             call = self._endpoints.find(key, parse_call(path, body))
+            if call.endpoint is None and not self._fleet.candidates(call.model, call.task):
+                call = await self._endpoints.look(key, call)
             noted.model = call.model
             if call.endpoint is not None:
                 noted.endpoint = call.endpoint.name

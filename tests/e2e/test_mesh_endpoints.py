@@ -108,6 +108,13 @@ async def test_an_endpoint_is_made_called_limited_and_logged(deployment: Deploym
         await client.close()
         again = await mesh(deployment.home, one, "endpoint", "create", "chat", "--project", "search", "--model", "fake")
         assert again["seq"] == 5, "what is gone can be made again; its versions go on"
+        for proxy in (one, other):
+            await proxy.terminate()
+        fresh = await deployment.proxy("p3")
+        await deployment.until_ready(fresh, worker)
+        client = openai.AsyncOpenAI(base_url=fresh.api, api_key=key, max_retries=0)
+        assert (await client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=8)).model == "fake", "from the directory"
+        await client.close()
 
 
 async def test_prompts_are_read_back_by_who_has_the_key_from_all_proxies(deployment: Deployment, tmp_path: Path) -> None:

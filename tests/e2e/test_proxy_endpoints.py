@@ -348,3 +348,26 @@ async def test_what_is_over_is_gone_from_the_disk_by_itself(front: Front, tmp_pa
             await asyncio.sleep(0.02)
     sweeping.cancel()
     assert (await front.prompts.page(PromptQuery(project="p", endpoint="chat"))).kept == ()
+
+
+async def test_a_proxy_that_has_not_heard_of_an_endpoint_looks_for_it_before_it_says_no(front: Front) -> None:
+    await front.worker(whole, models=(QWEN,))
+    only = front.key(endpoints=frozenset({"chat"}))
+    for _ in range(3):
+        assert (await ask(front, "chat", front.key()))[0] == 404
+    assert front.shelf.asked == [("endpoint", "chat")], "not with every call"
+    assert (await ask(front, "Qwen/Nobody", front.key()))[0] == 404
+    assert (await ask(front, "Qwen/Qwen3-8B", front.key()))[0] == 200
+    assert front.shelf.asked == [("endpoint", "chat")], "a name that no endpoint can have is not looked for, nor one that is served"
+    front.endpoints._looked.clear()
+    found = front.shelf.get_document
+
+    async def get_document(kind: str, name: str, *, project: str = "", seq: int = 0) -> Document | None:
+        assert await found(kind, name, project=project, seq=seq) is None
+        front.endpoint(name, project=project, model="Qwen/Qwen3-8B")
+        return None
+
+    front.shelf.get_document = get_document  # type: ignore[method-assign]
+    assert (await ask(front, "chat", only))[0] == 200, "it was in the directory"
+    assert (await ask(front, "chat", only))[0] == 200
+    assert front.shelf.asked == [("endpoint", "chat")] * 2
