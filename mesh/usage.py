@@ -210,7 +210,9 @@ def _share_out(charges: list[Charge], sides: Sequence[_Sides]) -> None:
             charges[last] = replace(charges[last], completion=had, reasoning=min(charges[last].reasoning, had), estimated=False)
         if each.attempt - 1 > later and not any(side.proxy for side in sides):
             untold = max(0, resumed - sum(charge.completion for charge in charges[:later]))
-            charges[later] = replace(charges[later], completion=charges[later].completion + untold)
+            prompt = max(0, receipts[0].prompt - resumed) if untold else 0
+            charge = charges[later]
+            charges[later] = replace(charge, prompt=max(charge.prompt, prompt), completion=charge.completion + untold)
 
 
 # -- all nodes together

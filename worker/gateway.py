@@ -304,6 +304,7 @@ class Gateway:
     ) -> Usage:
         """With a stream that another worker began."""
         head, events = _Head(stream, on_first, resumed=len(going_on.ids)), ResumedEvents(going_on)
+        tally.stream = events
         await self._pass_on(stream, events.begin(), head, tally)
         if not events.over:
             prepared = Prepared(body=going_on.request(), stream=True, show_usage=True)

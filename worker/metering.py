@@ -98,8 +98,8 @@ class Tally:
             return Usage(prompt=usage.prompt, cached=usage.cached, completion=usage.completion * self.sent // self.length), True
         if usage is not None and (usage.prompt or usage.completion):
             return usage, False
-        if self.stream is not None and self.stream.so_far.completion:
-            return self.stream.so_far, False
+        if self.stream is not None and ((so_far := self.stream.so_far).completion or so_far.resumed):
+            return so_far, False
         if complete and self.stream is None:
             return Usage(), False
         opening = 1 if self._asked["task"] == Task.CHAT else 0  # a chat's first event names the role and holds no token

@@ -184,7 +184,13 @@ class Bucket:
     def lost(self, who: bytes) -> float:
         """A proxy is out of reach: its requests are over, and whatever it had of a budget may have been used. Returns the most that it may
         have used of one in all."""
-        asker = self.askers.pop(who, None)
+        most = self.most(who)
+        self.askers.pop(who, None)
+        return most
+
+    def most(self, who: bytes) -> float:
+        """The most that an asker may have used of a budget in all by the time that it asks again; 0 of one that is not known."""
+        asker = self.askers.get(who)
         return asker.used + asker.out if asker is not None and self.kind is Kind.BUDGET else 0.0
 
     def idle(self, now: float, wall: float) -> bool:

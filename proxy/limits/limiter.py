@@ -32,6 +32,7 @@ from proxy.limits.counters import Counters
 from proxy.limits.messages import MAX_ENTRIES, Count, encode_asks, encode_grants, parse_asks, parse_grants
 from proxy.limits.shares import BEAT_S, ID_BYTES, Shares
 from proxy.limits.stash import Hold, Learned, Plan, Price, Stash, rate_headers
+from proxy.limits.wills import Wills
 from proxy.openai import Call
 
 log = structlog.get_logger(__name__)
@@ -40,6 +41,8 @@ TICK_S = 0.1
 SWEEP_S = 0.5
 REPORT_S = 1.0
 WAIT_S = 0.25
+WILL_S = 0.5
+"""What is used in so long is told to the heir at once, so that it is not told with every grant."""
 LOST_S = 1.0
 """An ask that has not been answered for so long is asked again."""
 AGAIN_S = 0.5
@@ -87,6 +90,8 @@ class Limiter:
         self._buckets: dict[bytes, Bucket] = {}
         self._learned: dict[str, Learned] = {}
         self._asks: dict[bytes, list[Ask]] = {}
+        self._counts: dict[bytes, list[Count]] = {}
+        self._wills = Wills()
         self._entries: dict[bytes, tuple[float, int]] = {}
         self._news = asyncio.Event()
         self._due = dict.fromkeys(("beat", "sweep", "report"), now)
@@ -403,6 +408,7 @@ class Limiter:
             self._plans.clear()
             self._stashes = dict(self._active)
         self.counters.forget(wall)
+        self._wills.expire(wall)
 
     def _report(self, now: float) -> None:
         """Tell owner and heir what has been used of budgets, so that it outlives this process."""
@@ -463,6 +469,8 @@ class Limiter:
         self._asks.setdefault(owner, []).append(ask)
 
     def _flush(self) -> None:
+        counts, self._counts = self._counts, {}
+        self._tell(counts)
         asks, self._asks = self._asks, {}
         for owner, listed in asks.items():
             for at in range(0, len(listed), MAX_ENTRIES):
@@ -495,7 +503,22 @@ class Limiter:
                 self.counters.put(ask.bucket, self._sources[who], ask.used, ends=ask.ends)
             used = self.counters.total(ask.bucket)
         fraction = self.shares.fraction(ask.bucket, now)
-        return bucket.ask(who, ask, fraction=fraction, since=self.shares.since, used=used, own=self._me, now=now)
+        grant = bucket.ask(who, ask, fraction=fraction, since=self.shares.since, used=used, own=self._me, now=now)
+        if ask.kind is Kind.BUDGET:
+            if who == self._me:
+                self._make_will(ask, bucket.most(who))
+            else:
+                self._wills.forget(ask.bucket, who)  # from here on its own asks tell
+        return grant
+
+    def _make_will(self, ask: Ask, most: float) -> None:
+        """Let the heir know what this proxy may have used of a budget of its own, before it uses it."""
+        heir = self.shares.heir(ask.bucket)
+        if heir != self._me and (told := self._wills.make(ask.bucket, heir, most, spare=ask.demand * WILL_S)):
+            if not self._counts:
+                asyncio.get_running_loop().call_soon(self._flush)
+            count = Count(bucket=ask.bucket, source=self._sources[self._me], used=ask.used, ends=ask.ends, most=told)
+            self._counts.setdefault(heir, []).append(count)
 
     # -- other proxies
 
@@ -515,6 +538,8 @@ class Limiter:
         for bucket, kept in self._buckets.items():
             if (used := kept.lost(peer)) > 0:
                 self.counters.put(bucket, self._sources[peer], used, ends=kept.ends)
+        for bucket, most, ends in self._wills.open(peer):
+            self.counters.put(bucket, self._sources[peer], most, ends=ends)
         self._forget_owner(peer)
         self._due["beat"] = float("-inf")  # another owner is needed now
         self._wake()
@@ -529,6 +554,8 @@ class Limiter:
                 asks, counts = parse_asks(fields)
                 for count in counts:
                     self.counters.put(count.bucket, count.source, count.used, ends=count.ends)
+                    if count.most and count.source == self._sources.get(peer):
+                        self._wills.hear(peer, count)
                 self._bound(peer, len(asks) + len(counts), now)
                 grants = [grant for ask in asks if (grant := self._grant(peer, ask, now)) and ask.want]
                 if grants:
@@ -582,7 +609,7 @@ class Limiter:
             if stash.asking and stash.owner != self.shares.owner(stash.bucket):
                 stash.asking = 0.0
             if stash.kind is not Kind.RATE:
-                self._ask(stash, now, 0.0, report=True)
+                self._ask(stash, now, 0.0, report=True)  # of buckets of its own this also tells a new heir
         self._flush()
         self._wake()
 

@@ -18,20 +18,27 @@ MOST = 1e15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
-    """What one process has used of a budget, as somebody has heard."""
+    """What one process has used of a budget, as somebody has heard. ``most``, where an owner says it of itself to its heir, is what it
+    may have used by the time that it is heard of again."""
 
     bucket: bytes
     source: bytes
     used: float
     ends: float
+    most: float = 0.0
 
 
 def encode_asks(asks: Iterable[Ask], counts: Iterable[Count] = ()) -> dict[str, Any]:
     """An ASK frame's fields. What is nothing is left out."""
     fields: dict[str, Any] = {"ask": [_encode_ask(ask) for ask in asks]}
-    if told := [{"b": count.bucket, "s": count.source, "u": count.used, "e": count.ends} for count in counts]:
+    if told := [_encode_count(count) for count in counts]:
         fields["count"] = told
     return fields
+
+
+def _encode_count(count: Count) -> dict[str, Any]:
+    fields: dict[str, Any] = {"b": count.bucket, "s": count.source, "u": count.used, "e": count.ends}
+    return fields | {"m": count.most} if count.most else fields
 
 
 def _encode_ask(ask: Ask) -> dict[str, Any]:
@@ -71,6 +78,7 @@ def parse_asks(fields: Mapping[str, Any]) -> tuple[list[Ask], list[Count]]:
             source=read_bytes(entry, "s", size=SOURCE_BYTES),
             used=number(entry, "u"),
             ends=number(entry, "e"),
+            most=number(entry, "m"),
         )
         for entry in read_maps(fields, "count", max_items=MAX_ENTRIES)
     ]

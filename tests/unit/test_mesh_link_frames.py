@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
             shares | {"of": two, "all": two, "gone": b"", "was": bytes(range(8)), "held": bytes(range(8))},
         ),
         "asks": (Frame.ASK, 0, encode_asks([rate, budget], [count])),
+        "what an owner may use": (Frame.ASK, 0, encode_asks([], [replace(count, most=4700.0)])),
         "grants": (Frame.GRANT, 0, encode_grants([Grant(bucket=bytes(range(16)), given=12.0, left=30.5, wait_s=0.0)])),
     }
     raw = {

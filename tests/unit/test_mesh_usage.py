@@ -118,6 +118,9 @@ def test_of_attempts_that_left_no_receipt_their_successor_tells() -> None:
     assert (charge.prompt, charge.completion) == (100, 20)
     (charge,) = settle([alone, proxys])
     assert charge.completion == 12, "their proxy is there, and says of no such attempts"
+    idle, _ = copies(attempt=2, status="cancelled", resumed=8, prompt=108, completion=0, size_bytes=0)
+    (charge,) = settle([idle])
+    assert (charge.prompt, charge.completion) == (100, 8), "even if it said nothing itself"
     former, _ = copies(attempt=2, status="cancelled", resumed=3, prompt=103, completion=5)
     assert sum(charge.completion for charge in settle([former, alone])) == 20
 

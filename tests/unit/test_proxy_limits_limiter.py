@@ -15,10 +15,12 @@ from mesh.errors import ProtocolError, QuotaSpent, RateLimited
 from mesh.limits import Limit, Limits, encode_limits
 from mesh.link.frames import Frame
 from mesh.prices import MICRO, Period, PriceList, TokenPrice, encode_prices
+from proxy.limits.buckets import Ask, Kind
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import MAX_ENTRIES_PER_S, WAIT, Limiter
-from proxy.limits.messages import encode_asks
+from proxy.limits.messages import Count, encode_asks
 from proxy.limits.stash import Hold
+from proxy.limits.wills import Wills
 from proxy.openai import parse_call
 from tests.support.clocks import StoppedClock
 from tests.support.limits import call_of, key_of
@@ -320,3 +322,52 @@ def test_grant_that_nobody_asked_for_is_nothing(clock: StoppedClock) -> None:
     before = hold._plan.ones[0].balance
     made.on_frame(OTHER, Frame.GRANT, {"give": [{"b": bucket, "g": 1e6, "l": 0.0, "w": 0.0}]})
     assert hold._plan.ones[0].balance == before
+
+
+def test_owner_tells_its_heir_what_it_may_use_before_it_does_and_the_heir_counts_it_when_it_is_gone(clock: StoppedClock) -> None:
+    """``made`` is OTHER's heir: it has heard up to where OTHER may get."""
+    made = limiter(clock)
+    made.take_document(rule("project:p", Limit(tokens_per_day=1000)))
+    bucket = made._plan(key_of(), call_of()).tokens[0].bucket
+    ends = clock.wall() + 3600
+    mine, others = (node_id[:8] + (1).to_bytes(8) for node_id in (ME, OTHER))
+
+    def will(source: bytes, most: float) -> dict[str, Any]:
+        return encode_asks([], [Count(bucket=bucket, source=source, used=100.0, ends=ends, most=most)])
+
+    made.up(OTHER, 1, serving=True)
+    for fields in (will(others, 500.0), will(others, 400.0), will(mine, 900.0)):
+        made.on_frame(OTHER, Frame.ASK, fields)
+    assert made.counters.total(bucket) == 200, "so much is used for certain"
+    made.down(OTHER)
+    assert made.counters.of(bucket, others) == 400, "the last word counts"
+    assert made.counters.of(bucket, mine) == 100, "nobody says what another may use"
+    made.up(OTHER, 2, serving=True)
+    made.down(OTHER)
+    assert made.counters.total(bucket) == 500
+
+
+def test_owner_that_asks_like_others_again_is_counted_by_what_it_asked_for(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    made.take_document(rule("project:p", Limit(tokens_per_day=1000)))
+    bucket = made._plan(key_of(), call_of()).tokens[0].bucket
+    made.up(OTHER, 1, serving=True)
+    source, ends = OTHER[:8] + (1).to_bytes(8), clock.wall() + 3600
+    made.on_frame(OTHER, Frame.ASK, encode_asks([], [Count(bucket=bucket, source=source, used=100.0, ends=ends, most=700.0)]))
+    ask = Ask(bucket=bucket, kind=Kind.BUDGET, limit=1000, burst=0.0, used=150.0, held=20.0, ends=ends)
+    made.on_frame(OTHER, Frame.ASK, encode_asks([ask]))
+    made.down(OTHER)
+    assert made.counters.total(bucket) == 170
+
+
+def test_wills_are_told_ahead_and_anew_to_a_new_heir() -> None:
+    wills = Wills()
+    assert wills.make(b"b", b"heir", 100.0, spare=50.0) == 150.0
+    assert wills.make(b"b", b"heir", 150.0, spare=50.0) == 0.0
+    assert wills.make(b"b", b"heir", 151.0, spare=50.0) == 201.0
+    assert wills.make(b"b", b"other", 120.0, spare=0.0) == 120.0
+    wills.hear(b"owner", Count(bucket=b"b", source=b"s", used=1.0, ends=10.0, most=5.0))
+    wills.hear(b"owner", Count(bucket=b"c", source=b"s", used=1.0, ends=20.0, most=7.0))
+    wills.expire(15.0)
+    assert wills.open(b"owner") == [(b"c", 7.0, 20.0)]
+    assert wills.open(b"owner") == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mesh.documents import Document
@@ -33,6 +33,8 @@ class Size:
     rps: float = 100.0
     tps: float = 10_000.0
     budget: float = 500_000.0
+    seeds: int = 10
+    """How many each row about budgets is made of, from ``seed`` on."""
 
 
 def row(name: str, figures: Json, *, target: str, ok: bool) -> Json:
@@ -209,7 +211,7 @@ def _owner(floor: Floor) -> tuple[Seat, Seat]:
 
 def budgets(size: Size) -> list[Json]:
     """A day's tokens shared by eight proxies, used up in half a minute."""
-    return [_budget(size, name, cause) for name, cause in BUDGETS.items()]
+    return [_budgets(size, name, cause) for name, cause in BUDGETS.items()]
 
 
 async def _nothing(floor: Floor, owner: Seat, other: Seat) -> None:
@@ -228,13 +230,31 @@ BUDGETS: dict[str, Cause] = {
     "budget, owner killed": _kill_owner,
     "budget, another killed": _kill_other,
     "budget, owner killed, back after 3 s": _kill_and_restart,
+    "budget, owner stopped": _stop_owner,
+    "budget, owner stands still for 10 s": _pause,
+    "budget, link to the owner cut for 40 s": _cut,
+    "budget, owner cut off for 40 s": _isolate,
     "budget, halves apart for 40 s": _halves,
     "budget, all restarted in turn": _restart_all,
 }
 
 
-def _budget(size: Size, name: str, cause: Cause) -> Json:
-    async def main(loop: VirtualLoop) -> Json:
+def _budgets(size: Size, name: str, cause: Cause) -> Json:
+    """Over several seeds: the worst counts."""
+    used = [_budget(replace(size, seed=size.seed + number), cause) for number in range(size.seeds)]
+    figures = {
+        "seeds": size.seeds,
+        "least_used": round(min(used), 4),
+        "most_used": round(max(used), 4),
+        "overshoot": round(max(1.0, *used) - 1, 4),
+    }
+    return row(name, figures, target=f"overshoot ≤ {OVERSHOOT:.0%}", ok=max(used) <= 1 + OVERSHOOT)
+
+
+def _budget(size: Size, cause: Cause) -> float:
+    """How much of the budget was used."""
+
+    async def main(loop: VirtualLoop) -> float:
         floor = Floor(loop, 8, seed=size.seed)
         limit = Limits(whole=Limit(tokens_per_day=size.budget))
         floor.document = Document(kind="limits", name="project:p", seq=1, previous=b"", issued=0.0, body=encode_limits(limit))
@@ -244,12 +264,10 @@ def _budget(size: Size, name: str, cause: Cause) -> Json:
         rate = size.budget / sum(USAGE) / 30
         load = floor.load([key_of()], call_of(max_tokens=400), rate=rate, seconds=90, weights=zipf(8), usage=USAGE, takes_s=2.0)
         loading = loop.create_task(load)
-        await asyncio.sleep(10)
+        await asyncio.sleep(floor.rng.uniform(2, 28))
         await cause(floor, *_owner(floor))
         await loading
-        used = sum(cost for _, cost in floor.all_admitted()) / size.budget
-        figures = {"used": round(used, 4), "overshoot": round(max(0.0, used - 1), 4)}
-        return row(name, figures, target=f"overshoot ≤ {OVERSHOOT:.0%}", ok=used <= 1 + OVERSHOOT)
+        return sum(cost for _, cost in floor.all_admitted()) / size.budget
 
     return run_virtual(main)
 
