@@ -61,6 +61,11 @@ class ProxyConfig(NodeConfig):
     retry_share: float = setting(
         0.2, metavar="SHARE", help="Retries over requests, at most, within 10 s; 64 are always allowed, and so are those whose worker died."
     )
+    hedge_after_s: float = setting(
+        0.0,
+        metavar="TIME",
+        help="Ask a second worker too where no byte has come for so long, within the retry share; whoever answers first goes on. 0: never.",
+    )
     deadline_s: float = setting(
         0.0,
         metavar="TIME",

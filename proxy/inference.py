@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import structlog
@@ -22,6 +23,7 @@ from proxy.endpoints import Endpoints
 from proxy.fleet import Fleet, Worker
 from proxy.forward import Attempt, cached_of, usage_of
 from proxy.gate import Gate
+from proxy.hedge import HEDGED, Hedge, may_hedge
 from proxy.limits.limiter import Limiter
 from proxy.limits.stash import Hold
 from proxy.metering import Meter, Noted
@@ -70,6 +72,7 @@ class Inference:
         self._prompts = prompts
         self._router = Router(config.routing, fleet=fleet, metrics=metrics, rng=rng, clock=time.monotonic)
         self._retry = RetryPolicy(failures=config.retry_limit + 1)
+        self._hedge_s = config.hedge_after_s
         self._budget = metrics.budget = RetryBudget(config.retry_share)
         self._moves = Moves(fleet, enabled=config.move_streams, policy=self._retry)
         metrics.follow(self._moves)
@@ -185,8 +188,10 @@ class Inference:
                 raise _BrokenOff(error, downstream) if downstream.started else error
             worker = choice.worker
             try:
-                await self._attempt(plan, worker, downstream, request_id, key, noted)
+                attempt = self._hedged if self._hedge_s and not downstream.started else self._attempt
+                await attempt(plan, worker, downstream, request_id, key, noted)
             except MeshError as error:
+                worker, passage = (plan.choice or choice).worker, plan.passage  # the other's, if a second one was asked and went on
                 if isinstance(error, Rerouted) and not downstream.started and self._router.rerouted(plan):
                     continue
                 plan.avoid |= {worker.node_id}
@@ -212,7 +217,7 @@ class Inference:
                     passage.trail.clear()
                 last = error
             else:
-                self._fleet.succeeded(worker)
+                self._fleet.succeeded((plan.choice or choice).worker)
                 if plan.failures:
                     self._fleet.blame(plan.failures, answered=True)
                 return downstream.response()
@@ -232,6 +237,32 @@ class Inference:
             return False
         self._budget.retried += 1
         return True
+
+    async def _hedged(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, noted: Noted) -> None:
+        """As `_attempt`, and a second worker is asked where the first lets its client wait."""
+
+        def attempt(plan: Plan, worker: Worker, lane: Downstream) -> Coroutine[Any, Any, None]:
+            return self._attempt(plan, worker, lane, request_id, key, noted)
+
+        def second() -> Plan | None:
+            other = plan.beside(worker)
+            other.passage = self._moves.passage(plan.call, request_id)
+            if not may_hedge(plan.call) or self._router.choose(other, request_id) is None or not self._budget.take(self._loop.time()):
+                return None
+            log.info("request.hedged", request_id=request_id, worker=worker.node_id.hex()[:12])
+            self._metrics.retries(HEDGED).inc()
+            self._budget.retried += 1
+            return other
+
+        hedge = Hedge(self._hedge_s, attempt, second)
+        try:
+            await hedge.run(plan, worker, downstream, noted)
+        finally:
+            for failed, error in hedge.failed:
+                plan.avoid |= {failed.node_id}
+                if counts_against_worker(error):
+                    failed.failed += 1
+                    plan.failures.append((failed, error.code))
 
     async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, noted: Noted) -> None:
         now = self._loop.time()

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import structlog
@@ -69,6 +70,13 @@ class Plan:
         self.reroutes = 0
         self.choice: Choice[Worker] | None = None
         self.passage: Passage | None = None
+
+    def beside(self, worker: Worker) -> Plan:
+        """The same request's way past a worker that is at it already; the one that is asked is to take it, whatever it has to do."""
+        other = copy(self)
+        other.avoid = self.avoid | {worker.node_id}
+        other.choice, other.reroutes = None, MOST_REROUTES
+        return other
 
     def head(self) -> dict[str, Any]:
         """What OPEN says of it beyond the request itself."""
