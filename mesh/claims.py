@@ -25,8 +25,10 @@ def read_str(payload: Mapping[str, Any], name: str, *, default: Any = _MISSING, 
     return value
 
 
-def read_bytes(payload: Mapping[str, Any], name: str, *, size: int | None = None, max_len: int = 4096) -> bytes:
-    value = _get(payload, name, _MISSING)
+def read_bytes(payload: Mapping[str, Any], name: str, *, default: Any = _MISSING, size: int | None = None, max_len: int = 4096) -> bytes:
+    value = _get(payload, name, default)
+    if value is default:
+        return bytes(value)
     if not isinstance(value, bytes) or len(value) > max_len or (size is not None and len(value) != size):
         raise MalformedEnvelope(f"'{name}' must be {size if size is not None else f'at most {max_len}'} bytes")
     return value

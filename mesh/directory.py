@@ -19,13 +19,14 @@ from mesh.clock import Clock
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.documents import Answer
 from mesh.dht.exchange import Version
-from mesh.dht.keys import MAX_LEVEL, indexes, level_of, shard_of, sub_shards
+from mesh.dht.keys import MAX_LEVEL, level_of, sub_shards
 from mesh.dht.node import DhtNode
 from mesh.dht.routing import Contact
 from mesh.dht.verify import Verifier
 from mesh.documents import Document, document_key
 from mesh.errors import TrustError
 from mesh.identity import Identity
+from mesh.pulse import Pulse
 from mesh.records import Record, directory_key, newest
 from mesh.trust import Role
 
@@ -131,8 +132,6 @@ class Directory:
 
         Call it again with a fresh record every `DirectoryConfig.refresh_s`: what is not refreshed disappears.
         """
-        keys = [directory_key(kind, name, shard_of(record.node_id, 0)) for kind, name in indexes(record)]
-        self.node.keep(record, keys)
         try:
             return await self.node.publisher.publish(record)
         except OSError as error:
@@ -329,9 +328,9 @@ class Directory:
             for held in self.node.store.live(key, self._clock.monotonic()):
                 on_record(self.node.local(held))
 
-        def accept(data: bytes, remaining_s: float, source: bytes) -> Record | None:
+        def accept(data: bytes, remaining_s: float, pulse: Pulse, source: bytes) -> Record | None:
             try:
-                record = self.node.check(data, remaining_s)
+                record = self.node.check(data, remaining_s, pulse)
             except TrustError as error:
                 self.node.counts.refuse(f"found_{error.code}", source.hex()[:12], now=self._clock.monotonic())
                 return None

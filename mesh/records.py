@@ -28,6 +28,7 @@ from mesh.claims import (
 from mesh.envelope import open_envelope, read_unverified, seal
 from mesh.errors import MalformedEnvelope, UnknownSigner
 from mesh.membership import MAX_MEMBERSHIP_BYTES, Membership, MembershipCache
+from mesh.pulse import PULSE_BYTES, anchor_of
 from mesh.trust import Role, load_public_key, raw_public_key
 
 RECORD_DOMAIN = "infermesh/record"
@@ -105,6 +106,10 @@ class Record:
     api: str = ""
     version: str = ""
     signed: bytes = b""
+    anchor: bytes = b""
+    """What its pulses are checked against, empty if it cannot have any; see `mesh.pulse`."""
+    pulse: int = 0
+    """Its owner has said so many seconds after ``issued`` that it still holds; ``expires`` has it in."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -114,6 +119,11 @@ class Record:
     @property
     def outbound_only(self) -> bool:
         return not self.addresses
+
+    @property
+    def freshness(self) -> tuple[int, int, float]:
+        """Which of two copies is worth more: the newer, and of the same record the one that lives longer."""
+        return self.boot, self.seq, self.expires
 
     def alive(self, now: float) -> bool:
         return now < self.expires
@@ -125,6 +135,7 @@ class Record:
 def seal_record(record: Record, key: Ed25519PrivateKey, membership: bytes) -> Record:
     """Sign ``record`` with its node's key; returns it with ``signed`` filled in."""
     capability, load = record.capability, record.load
+    anchor = anchor_of(key, record.boot, record.seq)
     payload: dict[str, Any] = {
         "mem": membership,
         "boot": record.boot,
@@ -132,6 +143,7 @@ def seal_record(record: Record, key: Ed25519PrivateKey, membership: bytes) -> Re
         "iat": int(record.issued * 1000),
         "exp": int(record.expires * 1000),
         "st": str(record.state),
+        "hb": anchor,
     }
     optional: dict[str, Any] = {
         "addr": list(record.addresses),
@@ -154,7 +166,7 @@ def seal_record(record: Record, key: Ed25519PrivateKey, membership: bytes) -> Re
         raise MalformedEnvelope(
             f"this node's record is {len(signed)} bytes, more than {MAX_RECORD_BYTES}: name fewer models, adapters or addresses"
         )
-    return replace(record, signed=signed)
+    return replace(record, signed=signed, anchor=anchor)
 
 
 def parse_record(data: bytes, members: MembershipCache, *, now: float, first_hand: bool = False) -> Record:
@@ -212,6 +224,7 @@ def _record_from(
         api=read_str(payload, "api", default=""),
         version=read_str(payload, "ver", default="", max_len=32),
         signed=data,
+        anchor=read_bytes(payload, "hb", default=b"", size=PULSE_BYTES),
     )
 
 
@@ -283,6 +296,6 @@ def newest(records: Iterable[Record], *, now: float) -> dict[bytes, Record]:
     best: dict[bytes, Record] = {}
     for record in records:
         known = best.get(record.node_id)
-        if record.alive(now) and (known is None or record.order > known.order):
+        if record.alive(now) and (known is None or record.freshness > known.freshness):
             best[record.node_id] = record
     return best

@@ -17,14 +17,15 @@ import msgpack
 from mesh.clock import Clock
 from mesh.dht.keys import rank
 from mesh.dht.peers import PeerMemory
-from mesh.dht.protocol import MAX_TAGS, MeshProtocol, Op, fingerprint, parse_found, tag_of
+from mesh.dht.protocol import MAX_TAGS, MeshProtocol, Op, fingerprint, name_of, parse_found, tag_of
 from mesh.dht.routing import Contact
 from mesh.dht.rpc import Reply
 from mesh.errors import MalformedEnvelope, TrustError
+from mesh.pulse import Pulse
 from mesh.records import Record
 
-Accept = Callable[[bytes, float, bytes], Record | None]
-"""Takes a record's bytes, what remains of its life in seconds, and who gave it. Returns the record, or None if it does not hold."""
+Accept = Callable[[bytes, float, Pulse, bytes], Record | None]
+"""Takes a record's bytes, what remains of its life in seconds, its pulse, and who gave it. Returns the record, or None if it is bad."""
 
 _MAX_PAGES = 16
 _PATIENCE = 3
@@ -53,7 +54,7 @@ class Collector:
         self._key = key
         self._accept = accept
         self._on_change = on_change
-        self._newest: dict[bytes, tuple[tuple[int, int], bytes]] = {}
+        self._newest: dict[bytes, tuple[tuple[int, int, int], bytes]] = {}
         self._bases: dict[bytes, bytes] = {}
         self._waiting: dict[Contact, bytes] = {}
         self._fetching: dict[Contact, asyncio.TimerHandle] = {}
@@ -104,8 +105,8 @@ class Collector:
         contacts, _, full, more, items, mark = body
         self.full = self.full or full is True
         for item in items:
-            remaining_s, data = parse_found(item, self._bases)
-            record = self._accept(data, remaining_s, contact.id)
+            remaining_s, data, pulse = parse_found(item, self._bases)
+            record = self._accept(data, remaining_s, pulse, contact.id)
             if record is not None:
                 self._last = max(self._last, rank(record.node_id))
                 self._note(record)
@@ -116,10 +117,10 @@ class Collector:
 
     def _note(self, record: Record) -> None:
         known = self._newest.get(record.node_id)
-        if known is None or record.order > known[0]:
-            tag = tag_of(record)
-            self._newest[record.node_id] = (record.order, tag)
-            self._bases[tag] = record.signed
+        order = (*record.order, record.pulse)
+        if known is None or order > known[0]:
+            self._newest[record.node_id] = (order, tag_of(record))
+            self._bases[name_of(record)] = record.signed
             self._news += 1
 
     def _tags(self) -> list[bytes]:

@@ -23,6 +23,7 @@ from mesh.dht.routing import Contact
 from mesh.dht.verify import peek
 from mesh.documents import Document
 from mesh.errors import Expired, MalformedEnvelope, TrustError
+from mesh.pulse import Pulse
 from mesh.records import Record, directory_key
 
 MAX_KEYS = 9
@@ -96,10 +97,10 @@ class _Reading:
         self._node = node
         self.found: dict[tuple[bytes, tuple[int, int], str], Found] = {}
 
-    def take(self, key: bytes, data: bytes, remaining_s: float, holder: bytes) -> None:
+    def take(self, key: bytes, data: bytes, remaining_s: float, pulse: Pulse, holder: bytes) -> None:
         if len(self.found) >= MAX_FOUND:
             return
-        one = self._judge(key, data, remaining_s)
+        one = self._judge(key, data, remaining_s, pulse)
         known = self.found.setdefault((one.node_id, one.order, one.verdict), one)
         known.holders[holder] = None
         if known.record is not None and one.record is not None and one.record.expires > known.record.expires:
@@ -111,13 +112,13 @@ class _Reading:
         one = Found(node_id=record.node_id, order=record.order, verdict=verdict, record=record)
         self.found.setdefault((one.node_id, one.order, one.verdict), one).holders[holder] = None
 
-    def _judge(self, key: bytes, data: bytes, remaining_s: float) -> Found:
+    def _judge(self, key: bytes, data: bytes, remaining_s: float, pulse: Pulse) -> Found:
         try:
             claim = peek(data)
         except TrustError as error:
             return Found(node_id=b"", order=(0, 0), verdict=error.code, reason=error.message)
         try:
-            record = self._node.check(data, remaining_s)
+            record = self._node.check(data, remaining_s, pulse)
         except Expired as error:
             return Found(node_id=claim.node_id, order=claim.order, verdict=EXPIRED, reason=error.message)
         except TrustError as error:
@@ -186,7 +187,9 @@ async def _explain_key(node: DhtNode, reading: _Reading, kind: str, name: str, s
     now = node.clock.monotonic()
     deadline = now + timeout_s
     own = [node.local(held) for held in node.store.live(key, now)]
-    outcome = await node.crawl(key, accept=lambda data, remaining_s, source: _accept(node, data, remaining_s), timeout_s=timeout_s)
+    outcome = await node.crawl(
+        key, accept=lambda data, remaining_s, pulse, source: _accept(node, data, remaining_s, pulse), timeout_s=timeout_s
+    )
     left_s = max(0.0, deadline - node.clock.monotonic())
     nearest = outcome.nearest[: node.config.read_width]
     # A crawl also hears of records farther out than the holders that are read below; whoever gave some is read as well.
@@ -207,9 +210,9 @@ async def _explain_key(node: DhtNode, reading: _Reading, kind: str, name: str, s
     )
 
 
-def _accept(node: DhtNode, data: bytes, remaining_s: float) -> Record | None:
+def _accept(node: DhtNode, data: bytes, remaining_s: float, pulse: Pulse) -> Record | None:
     try:
-        return node.check(data, remaining_s)
+        return node.check(data, remaining_s, pulse)
     except TrustError:
         return None  # what is wrong with it is told when its holder is read
 
@@ -245,8 +248,8 @@ def _digest(reading: _Reading, key: bytes, contact: Contact, bodies: Sequence[li
             raise MalformedEnvelope("bad reply to a look-up")
         more = more or body[3] is True
         for item in body[4]:
-            remaining_s, data = parse_found(item, {})
-            reading.take(key, data, remaining_s, contact.id)
+            remaining_s, data, pulse = parse_found(item, {})
+            reading.take(key, data, remaining_s, pulse, contact.id)
             count += 1
             try:
                 last = max(last, rank(peek(data).node_id))

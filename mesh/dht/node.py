@@ -22,6 +22,7 @@ from mesh.dht.counts import Counts
 from mesh.dht.crawl import Crawl, Outcome
 from mesh.dht.documents import DocumentStore
 from mesh.dht.exchange import Exchange
+from mesh.dht.keys import indexes
 from mesh.dht.mesh_time import MeshTime
 from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
@@ -29,13 +30,14 @@ from mesh.dht.publish import Publisher
 from mesh.dht.routing import ID_BITS, Contact, Table
 from mesh.dht.session import Sessions
 from mesh.dht.state import KnownPeer, load_peers, save_peers
-from mesh.dht.storage import Held, RecordStore
+from mesh.dht.storage import Held, RecordStore, Verdict
 from mesh.dht.tasks import Tasks
 from mesh.dht.verify import Verifier, lifetime_s, peek
 from mesh.errors import ConfigError, TrustError
 from mesh.identity import Identity
 from mesh.membership import MembershipCache
-from mesh.records import Record
+from mesh.pulse import NO_PULSE, Pulse, make_pulse
+from mesh.records import Record, directory_key
 from mesh.trust import Role
 
 log = structlog.get_logger(__name__)
@@ -94,7 +96,9 @@ class DhtNode:
             welcomes=identity.role == Role.BOOTSTRAP,
         )
         self.tasks = Tasks()
-        self.publisher = Publisher(self.protocol, self.memory, config, clock, rng, self.tasks, self.walk, self.guess)
+        self.publisher = Publisher(
+            self.protocol, self.memory, config, clock, rng, self.tasks, self.walk, self.guess, self._make_pulse, self._hold
+        )
         remembers = identity.role in (Role.BOOTSTRAP, Role.PROXY)
         self.documents = DocumentStore(identity.trust, state_dir if remembers else None)
         self.exchange = Exchange(
@@ -244,24 +248,30 @@ class DhtNode:
             self.counts.add("lookups_cut_short")
         return outcome
 
-    def keep(self, record: Record, keys: Sequence[bytes]) -> None:
-        """Hold our own record too, so that we find ourselves."""
+    def _hold(self, record: Record, pulse: Pulse) -> None:
+        """Hold our own record too, so that we find ourselves. Whoever asks us should hear what it hears from the other holders."""
         remaining_s = record.expires - self.clock.wall()
         now, wall = self.clock.monotonic(), self.time.now()
         own = self.identity.node_id
+        if pulse.n and self.store.keep(own, pulse, now=now, wall=wall) is Verdict.ACCEPTED:
+            return
+        keys = [directory_key(kind, name) for kind, name in indexes(record)]
         self.store.offer(record.signed, keys, remaining_s=remaining_s, source=own, now=now, wall=wall)
 
-    def check(self, data: bytes, remaining_s: float) -> Record:
+    def check(self, data: bytes, remaining_s: float, pulse: Pulse = NO_PULSE) -> Record:
         """Verify a record from a peer; returns it with ``expires`` on our own wall clock. Raises a `TrustError`."""
         now = self.time.now()
         claim = peek(data)
-        record = self.verifier.record(data, claim, now=now)
-        left_s = lifetime_s(claim, remaining_s, now=now)
-        return replace(record, expires=self.clock.wall() + left_s)
+        record = self.verifier.record(data, claim, now=now, pulse=pulse)
+        left_s = lifetime_s(claim, remaining_s, now=now, pulse_s=pulse.n)
+        return replace(record, expires=self.clock.wall() + left_s, pulse=pulse.n)
 
     def local(self, held: Held) -> Record:
         """A held record with ``expires`` on our own wall clock."""
-        return replace(held.record, expires=self.clock.wall() + held.ends - self.clock.monotonic())
+        return replace(held.record, expires=self.clock.wall() + held.ends - self.clock.monotonic(), pulse=held.pulse.n)
+
+    def _make_pulse(self, record: Record, n: int) -> Pulse:
+        return make_pulse(self.identity.key, record.boot, record.seq, n)
 
     def hear(self, hearer: Hearer) -> None:
         """Call ``hearer`` with every verified record that reaches this node unasked: stored here, or pushed by a holder."""

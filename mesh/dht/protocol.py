@@ -12,6 +12,7 @@ FIND_VALUE  [key, rank after which to go on, contacts wanted,   [contacts, recor
             tags of the records in hand, parts wanted]          in parts
 STORE       [[keys], remaining ms, base, record or patch]       [[verdicts], [nodes known nearer to each key than this one]]
 WATCH       [[keys], lease ms]                                  [lease ms]
+PULSE       [n, proof]                                          [verdict, nodes known nearer to its keys than this one]
 NOTICE      [remaining ms, record]                              none
 PROOF       [] and the cookie                                   none
 =========== =================================================== ==========================================================
@@ -37,16 +38,17 @@ from mesh.dht.peers import PeerMemory
 from mesh.dht.routing import ID_BYTES, Contact, Table, encode_contacts
 from mesh.dht.rpc import Request, SealedRpc
 from mesh.dht.session import Session, Sessions
-from mesh.dht.storage import TAG_BYTES, Held, RecordStore, Verdict, covered, tag_of
+from mesh.dht.storage import NAME_BYTES, TAG_BYTES, Held, RecordStore, Verdict, covered, name_of, tag_of
 from mesh.errors import MalformedEnvelope
+from mesh.pulse import MAX_PULSE, NO_PULSE, PULSE_BYTES, Pulse
 from mesh.records import MAX_RECORD_BYTES
 
 MAX_KEYS = 4
 _CONTACTS_WITH_RECORDS = 8
 _RECORDS_FRAME_BYTES = 48
 _FEW_RECORDS = 8
-_WHOLE, _PATCH = b"\x00", b"\x01"
-MAX_TAGS = 200
+_PATCH, _PULSE, _SAME = 1, 2, 4
+MAX_TAGS = 170
 _MAX_WATCHED_KEYS = 1_024
 _MAX_WATCHERS = 256
 
@@ -64,6 +66,7 @@ class Op(IntEnum):
     DOC_OFFER = 8
     DOC_GET = 9
     DOC_LIST = 10
+    PULSE = 11
 
 
 class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
@@ -109,6 +112,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
                 Op.FIND_NODE: self.rpc_find_node,
                 Op.FIND_VALUE: self.rpc_find_value,
                 Op.STORE: self.rpc_store,
+                Op.PULSE: self.rpc_pulse,
                 Op.WATCH: self.rpc_watch,
             }
 
@@ -215,6 +219,16 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         )
         return verdicts
 
+    def rpc_pulse(self, request: Request) -> list[list[Any]]:
+        """Of the record that the asker itself placed here last: "still so"."""
+        pulse = _pulse(*_fields(request, 2))
+        request.require_proof()
+        verdict = self.storage.keep(request.node_id, pulse, now=self.clock.monotonic(), wall=self.time.now())
+        self.counts.add(f"store_{verdict.name.lower()}")
+        held = self.storage.held(request.node_id)
+        keys = held.keys if held is not None and verdict is Verdict.ACCEPTED else ()
+        return [[int(verdict), max((self._nearer_known(key, request.node_id) for key in keys), default=0)]]
+
     def rpc_watch(self, request: Request) -> list[list[Any]]:
         keys, lease_ms = _fields(request, 2)
         if not isinstance(keys, list) or len(keys) > 16 or type(lease_ms) is not int or lease_ms < 0:
@@ -267,7 +281,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
 EMPTY = msgpack.packb([])
 
-__all__ = ["EMPTY", "MAX_TAGS", "MeshProtocol", "Op", "Watchers", "encode_found", "fingerprint", "parse_found", "tag_of"]
+__all__ = ["EMPTY", "MAX_TAGS", "MeshProtocol", "Op", "Watchers", "encode_found", "fingerprint", "name_of", "parse_found", "tag_of"]
 
 
 class Watchers:
@@ -309,23 +323,31 @@ class Watchers:
 def encode_found(held: Held, known: Mapping[bytes, int], now: float) -> bytes:
     """What remains of a record's life in ms, and the record: whole, or as a patch to one the asker has."""
     remaining = max(0, min(65_535, int((held.ends - now) * 1000))).to_bytes(2)
+    form, pulse = 0, b""
+    if held.pulse.n:
+        form, pulse = _PULSE, bytes((held.pulse.n,)) + held.pulse.proof
+    if known and held.is_known(known):
+        return remaining + bytes((form | _SAME,)) + pulse + held.name
     patched = held.patch_for(known) if known else None
     if patched is None:
-        return remaining + _WHOLE + held.record.signed
-    return remaining + _PATCH + patched[0] + patched[1]
+        return remaining + bytes((form,)) + pulse + held.record.signed
+    return remaining + bytes((form | _PATCH,)) + pulse + patched[0] + patched[1]
 
 
-def parse_found(item: object, bases: Mapping[bytes, bytes]) -> tuple[float, bytes]:
-    """The inverse, from outside: remaining seconds and the record's bytes. Raises `MalformedEnvelope`."""
-    if not isinstance(item, bytes) or not 3 < len(item) <= 3 + MAX_RECORD_BYTES:
+def parse_found(item: object, bases: Mapping[bytes, bytes]) -> tuple[float, bytes, Pulse]:
+    """The inverse, from outside: remaining seconds, the record's bytes, its pulse. ``bases`` are records by name. Raises
+    `MalformedEnvelope`."""
+    if not isinstance(item, bytes) or not 3 < len(item) <= 4 + PULSE_BYTES + MAX_RECORD_BYTES:
         raise MalformedEnvelope("bad record in a reply")
-    remaining_s, data = int.from_bytes(item[:2]) / 1000, item[3:]
-    if item[2:3] == _WHOLE:
-        return remaining_s, data
-    former = bases.get(data[:TAG_BYTES])
+    remaining_s, form, data, pulse = int.from_bytes(item[:2]) / 1000, item[2], item[3:], NO_PULSE
+    if form & _PULSE:
+        pulse, data = _pulse(data[0], data[1 : 1 + PULSE_BYTES]), data[1 + PULSE_BYTES :]
+    if not form & (_PATCH | _SAME):
+        return remaining_s, data, pulse
+    former = bases.get(data[:NAME_BYTES])
     if former is None:
-        raise MalformedEnvelope("a patch to a record we do not have")
-    return remaining_s, apply_patch(former, data[TAG_BYTES:])
+        raise MalformedEnvelope("in terms of a record we do not have")
+    return remaining_s, former if form & _SAME else apply_patch(former, data[NAME_BYTES:]), pulse
 
 
 def fingerprint(tags: Iterable[bytes]) -> bytes:
@@ -340,13 +362,19 @@ def parse_tags(data: object) -> dict[bytes, int]:
     """The tags of records an asker has in hand: see `covered`. Raises `MalformedEnvelope`."""
     if not isinstance(data, bytes) or len(data) % TAG_BYTES or len(data) > MAX_TAGS * TAG_BYTES:
         raise MalformedEnvelope("bad tags")
-    return {data[at : at + TAG_BYTES - 1]: data[at + TAG_BYTES - 1] for at in range(0, len(data), TAG_BYTES)}
+    return {data[at : at + 4]: int.from_bytes(data[at + 4 : at + TAG_BYTES]) for at in range(0, len(data), TAG_BYTES)}
 
 
 def _fields(request: Request, count: int) -> list[Any]:
     if len(request.body) != count:
         raise MalformedEnvelope(f"expected {count} fields")
     return request.body
+
+
+def _pulse(n: object, proof: object) -> Pulse:
+    if type(n) is not int or not 0 < n <= MAX_PULSE or not isinstance(proof, bytes) or len(proof) != PULSE_BYTES:
+        raise MalformedEnvelope("bad pulse")
+    return Pulse(n, proof)
 
 
 def _key(value: object) -> bytes:

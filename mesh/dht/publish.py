@@ -1,6 +1,7 @@
 """Keeping our own record with its holders.
 
-A refresh is one datagram to each remembered holder. Only when holders are lost, or say that others stand nearer to the key,
+A refresh is one datagram to each remembered holder: a fresh record, or in a large mesh, while nothing changes, a pulse of the one that
+all of them have. Only when holders are lost, or say that others stand nearer to the key,
 is the network walked again, and then behind the refresh, not before it. A new key goes at once to the nodes of our own table that stand
 nearest to it, if the table can know them; the walk that finds whom it does not know follows.
 
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from math import ceil
 
 import msgpack
 
@@ -28,18 +30,26 @@ from mesh.dht.routing import Contact
 from mesh.dht.rpc import Reply
 from mesh.dht.storage import Verdict, ends_sooner, is_material
 from mesh.dht.tasks import Tasks
+from mesh.pulse import MAX_PULSE, NO_PULSE, Pulse
 from mesh.records import Record, directory_key
 
 _KEYS_PER_STORE = 2
 _MAX_GIVEN = 256
 _REFRESH_SHARE = 0.5
 _TRY_UP_S = 300.0
+_UNHURRIED_WALKS = 5
+"""In a large mesh walks are so many times rarer: who stands nearer is heard of from holders."""
+_VERDICTS = frozenset(int(verdict) for verdict in Verdict)
 _GOOD = (Verdict.ACCEPTED, Verdict.WITHDRAWN)
 
 Walk = Callable[[bytes], Awaitable[list[Contact]]]
 """From a key to the nodes nearest to it."""
 Guess = Callable[[bytes, int], list[Contact]]
 """The same, so many, from the table alone; none if it cannot know them."""
+MakePulse = Callable[[Record, int], Pulse]
+"""The pulse of a record of ours after so many seconds."""
+Hold = Callable[[Record, Pulse], None]
+"""Keeps our own copy as the holders have it: the record, or what we hold with a later pulse."""
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +97,8 @@ class Publisher:
         tasks: Tasks,
         walk: Walk,
         guess: Guess,
+        make_pulse: MakePulse,
+        hold: Hold,
     ) -> None:
         self._protocol = protocol
         self._memory = memory
@@ -96,10 +108,14 @@ class Publisher:
         self._tasks = tasks
         self._walk = walk
         self._guess = guess
+        self._make_pulse = make_pulse
+        self._hold = hold
         self._patched = (b"", b"", b"")
         self._places: dict[bytes, _Place] = {}
         self._indexes: dict[tuple[str, str], _Index] = {}
         self._record: Record | None = None
+        self._base: Record | None = None
+        """What all holders were given last, if nobody has missed it."""
         self._given: OrderedDict[bytes, bytes] = OrderedDict()
         self._sent_at = float("-inf")
         self._called_at = float("-inf")
@@ -139,32 +155,51 @@ class Publisher:
         pause_s, self._called_at = now - self._called_at, now
         if former is not None and not is_material(former, record) and self._may_wait(record, pause_s):
             return self._accepted
+        pulse = NO_PULSE
         if former is None or is_material(former, record):
             for place in self._places.values():
                 place.rounds = 0  # news goes to every holder
+        elif self.unhurried:
+            pulse = self._pulse()
+        if not pulse.n:
+            self._base = record
+        self._hold(record, pulse)
         self._sent_at = self._clock.monotonic()
         enough: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        whole = self._tasks.start(self._publish(record, None if ends_sooner(former, record) else enough), name="directory publish")
+        whole = self._tasks.start(self._publish(record, pulse, None if ends_sooner(former, record) else enough), name="directory publish")
         if whole is None:
             return 0
         await asyncio.wait({whole, enough}, return_when=asyncio.FIRST_COMPLETED)
         self._accepted = enough.result() if enough.done() else whole.result()
         return self._accepted
 
+    def _pulse(self) -> Pulse:
+        """Of the record that every holder has, as long as it can have any."""
+        base = self._base
+        if base is None or not base.anchor:
+            return NO_PULSE
+        n = ceil(self._clock.wall() - base.issued)
+        holders = (node_id for place in self._places.values() for node_id in place.holders)
+        if not 0 < n <= MAX_PULSE or any(self._given.get(node_id) != base.signed for node_id in holders):
+            return NO_PULSE
+        return self._make_pulse(base, n)
+
     def _may_wait(self, record: Record, pause_s: float) -> bool:
         """In a large mesh, while the next refresh will still come before half the life of the last is over."""
         elapsed_s = self._clock.monotonic() - self._sent_at
         return self.unhurried and elapsed_s + pause_s <= _REFRESH_SHARE * (record.expires - record.issued)
 
-    async def _publish(self, record: Record, enough: asyncio.Future[int] | None) -> int:
-        """All of it; ``enough`` is set earlier, once each index has its quorum. A good-bye has none: every holder should hear it before
-        its node is gone."""
+    async def _publish(self, record: Record, pulse: Pulse, enough: asyncio.Future[int] | None) -> int:
+        """All of it; with a pulse, that goes to the holders instead of the record.
+
+        ``enough`` is set earlier, once each index has its quorum. A good-bye has none: every holder should hear it before its node is gone.
+        """
         wanted = {pair: self._indexes.setdefault(pair, _Index(*pair)) for pair in indexes(record)}
         gone = [pair for pair in self._indexes if pair not in wanted]
         withdrawn = [place for pair in gone for place in self._withdraw(self._indexes.pop(pair), record)]
         places = [self._place(index, record) for index in wanted.values()]
         await self._settle(places)
-        accepted = await self._store(record, places + withdrawn, [place.key for place in places], enough)
+        accepted = await self._store(record, places + withdrawn, pulse, [place.key for place in places], enough)
         for place in withdrawn:
             self._places.pop(place.key, None)
         for index in wanted.values():
@@ -240,7 +275,8 @@ class Publisher:
         if found:
             place.holders = {contact.id: contact for contact in found}
         place.wanted = len(place.holders)
-        place.walk_at = self._clock.monotonic() + self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+        rarely = _UNHURRIED_WALKS if self.unhurried else 1
+        place.walk_at = self._clock.monotonic() + rarely * self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
         return fresh
 
     def _due(self, place: _Place) -> list[Contact]:
@@ -254,7 +290,12 @@ class Publisher:
         return ordered if place.rounds % 2 else ordered[: self._config.holders]
 
     async def _store(
-        self, record: Record, places: Iterable[_Place], keys: Iterable[bytes] = (), enough: asyncio.Future[int] | None = None
+        self,
+        record: Record,
+        places: Iterable[_Place],
+        pulse: Pulse = NO_PULSE,
+        keys: Iterable[bytes] = (),
+        enough: asyncio.Future[int] | None = None,
     ) -> dict[bytes, int]:
         """Send the record to the holders of ``places``; returns acceptances by key once it is clear enough. ``enough`` is set as soon as
         each of ``keys`` has its quorum.
@@ -276,7 +317,7 @@ class Publisher:
             return all(count >= quorum for count in accepted.values())
 
         async def store_at(contact: Contact, some: list[_Place]) -> None:
-            await self._store_at(record, contact, some, accepted)
+            await self._store_at(record, contact, some, accepted, pulse)
             if enough is not None and not enough.done() and (least := min(map(accepted.__getitem__, keys), default=0)) >= quorum:
                 enough.set_result(least)
 
@@ -297,8 +338,13 @@ class Publisher:
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         return accepted
 
-    async def _store_at(self, record: Record, contact: Contact, places: list[_Place], accepted: dict[bytes, int]) -> None:
+    async def _store_at(
+        self, record: Record, contact: Contact, places: list[_Place], accepted: dict[bytes, int], pulse: Pulse = NO_PULSE
+    ) -> None:
         """One datagram to one holder."""
+        kept = pulse.n > 0 and await self._keep(contact, places, accepted, pulse)
+        if kept:
+            return
         reply = await self._send(record, contact, [place.key for place in places])
         verdicts, nearer = _read_store_reply(reply, len(places))
         for place, verdict, others in zip(places, verdicts, nearer, strict=True):
@@ -314,6 +360,19 @@ class Publisher:
                 place.holders.pop(contact.id, None)
             elif verdict is None:
                 place.holders.pop(contact.id, None)
+
+    async def _keep(self, contact: Contact, places: list[_Place], accepted: dict[bytes, int], pulse: Pulse) -> bool:
+        """A pulse instead of a record; False if the holder should rather be sent one."""
+        reply = await self._protocol.request(contact.address, Op.PULSE, msgpack.packb(pulse), node_id=contact.id)
+        verdict, nearer = _read_pulse_reply(reply)
+        if verdict is not Verdict.ACCEPTED or self._base is None:
+            return False
+        for place in places:
+            self._note_holder(place, contact, self._base)
+            accepted[place.key] += 1
+            if nearer > self._config.holders + self._config.spares:
+                place.walk_at = float("-inf")
+        return True
 
     def _note_holder(self, place: _Place, contact: Contact, record: Record) -> None:
         now = self._clock.monotonic()
@@ -350,6 +409,8 @@ class Publisher:
         return max(0, int((record.expires - self._clock.wall()) * 1000))
 
     def _give(self, holder: bytes, record: Record) -> None:
+        if self._base is None or record.signed != self._base.signed:
+            self._sent_at = float("-inf")  # it has a newer one than the others: they get one next time, without waiting
         self._given[holder] = record.signed
         self._given.move_to_end(holder)
         if len(self._given) > _MAX_GIVEN:
@@ -377,6 +438,13 @@ def _in_turn(due: list[list[tuple[Contact, _Place]]]) -> Iterator[tuple[Contact,
 
 def _chunks(places: list[_Place]) -> list[list[_Place]]:
     return [places[at : at + _KEYS_PER_STORE] for at in range(0, len(places), _KEYS_PER_STORE)]
+
+
+def _read_pulse_reply(reply: Reply | None) -> tuple[Verdict | None, int]:
+    if reply is None or not reply.bodies or len(reply.bodies[0]) != 2:
+        return None, 0
+    verdict, nearer = reply.bodies[0]
+    return (Verdict(verdict), nearer) if type(verdict) is int and verdict in _VERDICTS and type(nearer) is int else (None, 0)
 
 
 def _read_store_reply(reply: Reply | None, count: int) -> tuple[list[Verdict | None], list[int]]:

@@ -2,6 +2,7 @@
 
 * A record is verified before it is kept, and the highest ``(boot, seq)`` of its owner wins, under every key at once.
 * An expired record never comes back: the highest order seen of each owner outlives every copy of its records.
+* A pulse of its owner makes the record that is here live longer.
 * A record offered under a key it no longer names takes its owner out of that key: so a worker withdraws.
 * Everything is bounded: records, records per key, records one peer may place for others.
 """
@@ -24,9 +25,11 @@ from mesh.dht.keys import allowed_keys, indexes, rank
 from mesh.dht.patch import base_of, encode_patch
 from mesh.dht.verify import Claim, Verifier, lifetime_s, peek
 from mesh.errors import Expired, TrustError
+from mesh.pulse import NO_PULSE, Pulse
 from mesh.records import MAX_LIFETIME_S, Record
 
-TAG_BYTES = 5
+TAG_BYTES = 6
+NAME_BYTES = 5
 _OVERHANG = 1.5
 _FORMERS = 2
 _EARLIER_S = 0.5
@@ -66,12 +69,17 @@ class Held:
     allowed: dict[bytes, None]
     keys: dict[bytes, None] = field(default_factory=dict)
     formers: tuple[tuple[bytes, bytes], ...] = ()
-    """Tag and bytes of the records before this one, the newest first: what a patch may build on."""
-    tag: bytes = b""
+    """Name and bytes of the records before this one, the newest first: what a patch may build on."""
+    pulse: Pulse = NO_PULSE
+    name: bytes = b""
     patches: dict[bytes, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tag = tag_of(self.record)
+        self.name = name_of(self.record)
+
+    @property
+    def tag(self) -> bytes:
+        return self.name + bytes((self.pulse.n,))
 
     def base(self, name: bytes) -> bytes | None:
         """This record's bytes, or a former's, by their short name."""
@@ -79,13 +87,17 @@ class Held:
         return next((data for data in signed if base_of(data) == name), None)
 
     def patch_for(self, tags: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-        """The tag of a former record that an asker has, and the patch from it to this one."""
-        for tag, former in self.formers:
-            if tags.get(tag[:-1]) == tag[-1]:
-                if tag not in self.patches:
-                    self.patches[tag] = encode_patch(former, self.record.signed)
-                return tag, self.patches[tag]
+        """The name of a former record that an asker has, and the patch from it to this one."""
+        for name, former in self.formers:
+            if _has(tags, name):
+                if name not in self.patches:
+                    self.patches[name] = encode_patch(former, self.record.signed)
+                return name, self.patches[name]
         return None
+
+    def is_known(self, tags: Mapping[bytes, int]) -> bool:
+        """Whether an asker has this very record, if not its last pulse."""
+        return _has(tags, self.name)
 
 
 class RecordStore(IStorage):  # type: ignore[misc]
@@ -155,6 +167,30 @@ class RecordStore(IStorage):  # type: ignore[misc]
         self._replace(held, former)
         return Verdict.ACCEPTED, held
 
+    def keep(self, owner: bytes, pulse: Pulse, *, now: float, wall: float) -> Verdict:
+        """A pulse from the owner itself, just now: what it placed here lives on. Never raises."""
+        self.expire(now)
+        verdict = self._keep(self._held.get(owner), pulse, now, wall)
+        self.verdicts[verdict] += 1
+        return verdict
+
+    def _keep(self, held: Held | None, pulse: Pulse, now: float, wall: float) -> Verdict:
+        if held is None or not held.record.anchor:
+            return Verdict.UNKNOWN_BASE
+        if pulse.n < held.pulse.n:
+            return Verdict.STALE
+        try:
+            self._verifier.record(held.record.signed, held.claim, now=wall, pulse=pulse)
+        except Expired:
+            return Verdict.EXPIRED
+        except TrustError:
+            return Verdict.UNKNOWN_BASE  # of another record, as far as we can tell: then the owner sends that
+        left_s = lifetime_s(held.claim, MAX_LIFETIME_S, now=wall, pulse_s=pulse.n)
+        held.pulse = pulse
+        if now + left_s > held.ends:
+            self._prolong(held, now + left_s)
+        return Verdict.ACCEPTED
+
     def _prolong(self, held: Held, ends: float) -> None:
         """Its owner itself says so: a relayed copy may have come first, with less time left than the owner gives it."""
         held.ends = ends
@@ -169,7 +205,7 @@ class RecordStore(IStorage):  # type: ignore[misc]
     def _replace(self, held: Held, former: Held | None) -> None:
         node_id = held.record.node_id
         if former is not None:
-            held.formers = ((former.tag, former.record.signed), *former.formers)[:_FORMERS]
+            held.formers = ((former.name, former.record.signed), *former.formers)[:_FORMERS]
             self._unplace(former)
             for key in former.keys:
                 if key in held.allowed:
@@ -291,15 +327,25 @@ class RecordStore(IStorage):  # type: ignore[misc]
         return iter([(key, self[key]) for key in self._index])
 
 
-def tag_of(record: Record) -> bytes:
-    """A short name for a record, for saying "I have this or a newer one": three bytes of the node id, one of boot, one of seq."""
+def name_of(record: Record) -> bytes:
+    """A short name for a record: three bytes of the node id, one of boot, one of seq."""
     return record.node_id[8:11] + bytes((record.boot & 0xFF, record.seq & 0xFF))
 
 
+def tag_of(record: Record) -> bytes:
+    """Its name and its pulse, for saying "I have this or a newer one"."""
+    return name_of(record) + bytes((record.pulse,))
+
+
 def covered(tag: bytes, tags: Mapping[bytes, int]) -> bool:
-    """Whether an asker with ``tags`` (by their first four bytes, the last) has this record or a newer one of the same boot."""
-    last = tags.get(tag[:-1])
-    return last is not None and (last - tag[-1]) % 256 < 128
+    """Whether an asker with ``tags`` (by their first four bytes, the last two) has this record or a newer one of the same boot."""
+    last = tags.get(tag[:4])
+    return last is not None and (last - int.from_bytes(tag[4:])) % 65_536 < 32_768
+
+
+def _has(tags: Mapping[bytes, int], name: bytes) -> bool:
+    last = tags.get(name[:4])
+    return last is not None and last >> 8 == name[4]
 
 
 def ends_sooner(former: Record | None, record: Record) -> bool:

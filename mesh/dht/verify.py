@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from mesh.claims import CLOCK_SKEW_S, read_int
 from mesh.dht.introduction import Introduction, parse_introduction
 from mesh.envelope import SIGNATURE_BYTES, parse_payload, signer_of
-from mesh.errors import Expired, MalformedEnvelope
+from mesh.errors import BadSignature, Expired, MalformedEnvelope
 from mesh.membership import MembershipCache
-from mesh.records import MAX_LIFETIME_S, MAX_RECORD_BYTES, Record, parse_record
+from mesh.pulse import NO_PULSE, Pulse, follows
+from mesh.records import MAX_LIFETIME_S, MAX_RECORD_BYTES, Record, member_until, parse_record
 from mesh.trust import key_id
 
 
@@ -38,6 +39,30 @@ def peek(data: bytes) -> Claim:
     )
 
 
+@dataclass(slots=True)
+class _Known:
+    """A good record and its latest good pulse, at first its anchor."""
+
+    record: Record
+    pulse: Pulse
+    member_until: float = 0.0
+
+    def over(self, now: float) -> bool:
+        return now >= self.record.expires + self.pulse.n + CLOCK_SKEW_S
+
+    def check(self, pulse: Pulse, now: float) -> None:
+        """Raises `BadSignature` unless its owner made this pulse, `Expired` if it is a member no longer."""
+        self.member_until = self.member_until or member_until(self.record)
+        if now >= self.member_until + CLOCK_SKEW_S:
+            raise Expired("the membership has expired")
+        if pulse == self.pulse:
+            return
+        if not follows(pulse, self.pulse if pulse.n > self.pulse.n else Pulse(0, self.record.anchor)):
+            raise BadSignature("the pulse is not this record's")
+        if pulse.n > self.pulse.n:
+            self.pulse = pulse
+
+
 class Verifier:
     """Verifies records and remembers good ones by their bytes: those that may still come, and at most ``size`` of them.
 
@@ -47,7 +72,7 @@ class Verifier:
     def __init__(self, members: MembershipCache, *, size: int = 4_096) -> None:
         self._members = members
         self._size = size
-        self._known: OrderedDict[bytes, Record] = OrderedDict()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
         self._introductions: OrderedDict[bytes, Introduction] = OrderedDict()
         self.verified = 0
 
@@ -70,31 +95,36 @@ class Verifier:
             self._introductions.popitem(last=False)
         return introduction
 
-    def record(self, data: bytes, claim: Claim, *, now: float) -> Record:
-        """The verified record. Raises a `TrustError`.
+    def record(self, data: bytes, claim: Claim, *, now: float, pulse: Pulse = NO_PULSE) -> Record:
+        """The verified record. Raises a `TrustError`. With a pulse, which is verified too, it is judged as of so many seconds ago.
 
         Its owner's clock may be off by `CLOCK_SKEW_S` either way; how long the record counts here is `lifetime_s`, whatever
         ``expires`` says.
         """
-        if now >= claim.expires + CLOCK_SKEW_S:
+        signed_at = now - pulse.n
+        if signed_at >= claim.expires + CLOCK_SKEW_S:
             raise Expired("the record has expired")
         known = self._known.get(data)
-        if known is not None:
-            return known
-        as_of = now if now < claim.expires else now - CLOCK_SKEW_S
-        record = parse_record(data, self._members, now=as_of)
-        self.verified += 1
-        self._known[data] = record
-        while self._known and (len(self._known) > self._size or now >= next(iter(self._known.values())).expires + CLOCK_SKEW_S):
-            self._known.popitem(last=False)
-        return record
+        if known is None:
+            as_of = signed_at if signed_at < claim.expires else signed_at - CLOCK_SKEW_S
+            record = parse_record(data, self._members, now=as_of)
+            known = _Known(record, Pulse(0, record.anchor))
+            self.verified += 1
+        if pulse.n:
+            known.check(pulse, now)
+            self._known.pop(data, None)
+        if data not in self._known:
+            self._known[data] = known
+            while self._known and (len(self._known) > self._size or next(iter(self._known.values())).over(now)):
+                self._known.popitem(last=False)
+        return known.record
 
 
-def lifetime_s(claim: Claim, remaining_s: float, *, now: float) -> float:
-    """How much longer a record counts, on our own clock; not positive if it is over.
+def lifetime_s(claim: Claim, remaining_s: float, *, now: float, pulse_s: int = 0) -> float:
+    """How much longer a record counts, on our own clock; not positive if it is over. ``pulse_s`` is what its pulse adds.
 
     Lifetimes are handed on as what remains, so clocks need not agree: whoever passes a record on says how long it still has.
     That word is bounded by the lifetime its owner signed and by its owner's expiry plus the skew allowed, so no liar can
     stretch it further.
     """
-    return min(remaining_s, claim.expires - claim.issued, MAX_LIFETIME_S, claim.expires + CLOCK_SKEW_S - now)
+    return min(remaining_s, claim.expires - claim.issued, MAX_LIFETIME_S, claim.expires + pulse_s + CLOCK_SKEW_S - now)

@@ -10,7 +10,7 @@ import pytest
 from mesh.records import State, model_key
 from mesh.trust import Role
 from tests.support.network import Conditions
-from tests.support.swarm import MODEL, SimNode, Swarm, simulate
+from tests.support.swarm import MODEL, SimNode, Swarm, simulate, with_config
 
 
 async def ready_mesh(swarm: Swarm, workers: int, *, proxies: int = 2, bootstraps: int = 2) -> tuple[list[SimNode], list[SimNode]]:
@@ -127,6 +127,30 @@ async def partition_and_heal(swarm: Swarm, workers: int, *, for_s: float) -> Non
     swarm.network.heal()
     took_s = await until(lambda: all(known(proxy) == ids(fleet) for proxy in front), within_s=10.0)
     print(f"one view {took_s:.2f} s after healing")
+
+
+def test_in_a_large_mesh_pulses_keep_what_is_steady_and_nothing_else() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 60)
+        await asyncio.sleep(40.0)
+        living = ids(fleet)
+        for _ in range(160):
+            assert all(known(proxy) == living for proxy in front), "a steady worker never leaves the view"
+            await asyncio.sleep(0.25)
+        pulsed = [record.pulse for proxy in front for record in proxy.running.known(Role.WORKER)]
+        assert sum(pulse > 0 for pulse in pulsed) > 0.5 * len(pulsed)
+        changed, killed = fleet[0], fleet[1:10]
+        changed.models = ("another",)
+        await changed.publish()
+        assert await until(lambda: len([r for r in front[0].running.known(Role.WORKER) if r.serves("another")]) == 1, within_s=1.0) < 0.3
+        await swarm.crash(killed)
+        living -= ids(killed)
+        await until(lambda: all(known(proxy) == living for proxy in front), within_s=swarm.config.record_ttl_s + 1.0)
+        for _ in range(80):
+            assert all(known(proxy) == living for proxy in front), "holders died too, and nobody else left; nobody came back"
+            await asyncio.sleep(0.5)
+
+    simulate(scenario, seed=23, config=with_config(large_mesh=50))
 
 
 def test_a_partition_heals_into_one_view() -> None:

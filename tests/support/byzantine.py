@@ -17,6 +17,7 @@ from mesh.dht.routing import Contact, encode_contacts
 from mesh.dht.rpc import Request
 from mesh.dht.storage import Verdict
 from mesh.documents import Document
+from mesh.pulse import PULSE_BYTES
 from tests.support.swarm import PORT, SimNode
 
 Reply = list[list[Any]]
@@ -69,9 +70,10 @@ def withhold(liar: Liar, request: Request) -> Reply:
 
 
 def forge(liar: Liar, request: Request) -> Reply:
-    """Hands out records whose bytes it has changed."""
+    """Hands out records whose bytes it has changed, and with pulses it has made up."""
     liar.told["forged"] += 1
-    return liar.answer([_flip(data, liar.rng) for data in liar.heard[-2:]], more=True)
+    lie = _flip if liar.rng.random() < 0.5 else _revive
+    return liar.answer([lie(data, liar.rng) for data in liar.heard[-2:]], more=True)
 
 
 def replay(liar: Liar, request: Request) -> Reply:
@@ -135,3 +137,7 @@ class FalseHolder:
 def _flip(data: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(data))
     return b"\xff\xff\x00" + data[:at] + bytes((data[at] ^ 1 << rng.randrange(8),)) + data[at + 1 :]
+
+
+def _revive(data: bytes, rng: random.Random) -> bytes:
+    return b"\xff\xff\x02" + bytes((rng.randrange(1, 256),)) + rng.randbytes(PULSE_BYTES) + data

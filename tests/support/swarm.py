@@ -115,7 +115,7 @@ class SimNode:
     async def _announce(self) -> None:
         while True:
             await self.publish()
-            await self.clock.sleep(self.swarm.config.refresh_s * self.swarm.rng.uniform(0.9, 1.1))
+            await self.clock.sleep(self.swarm.config.refresh_s * self.swarm.rng.uniform(0.8, 1.0))
 
     async def crash(self) -> None:
         """The power goes: no farewell, no saving."""

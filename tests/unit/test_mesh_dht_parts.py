@@ -21,7 +21,8 @@ from mesh.dht.patch import apply_patch, base_of, encode_patch
 from mesh.dht.peers import PeerMemory
 from mesh.dht.state import KnownPeer, load_peers, save_peers
 from mesh.dht.verify import lifetime_s, peek
-from mesh.errors import ConfigError, Expired, MalformedEnvelope
+from mesh.errors import BadSignature, ConfigError, Expired, MalformedEnvelope
+from mesh.pulse import Pulse, make_pulse
 from mesh.records import MAX_RECORD_BYTES, State, model_key, record_keys, role_key
 from mesh.trust import Role
 from tests.support.records import NOW, Scribe
@@ -283,6 +284,37 @@ def test_verdicts_go_with_the_records_they_are_about() -> None:
     assert verifier.verified == 399
     verifier.record(record.signed, peek(record.signed), now=scribe.now)
     assert verifier.verified == 399, "what is alive is known"
+
+
+def test_with_a_pulse_a_record_is_judged_as_of_when_it_was_signed() -> None:
+    scribe = Scribe()
+    verifier, node = scribe.verifier(), scribe.node()
+    record = scribe.record(node)
+    claim = peek(record.signed)
+    assert verifier.record(record.signed, claim, now=NOW + 90.0, pulse=make_pulse(node.key, record.boot, record.seq, 85))
+    assert verifier.record(record.signed, claim, now=NOW + 90.0, pulse=make_pulse(node.key, record.boot, record.seq, 70))
+    for bad in (Pulse(86, bytes(16)), Pulse(70, bytes(16)), make_pulse(scribe.node().key, record.boot, record.seq, 85)):
+        with pytest.raises(BadSignature):
+            verifier.record(record.signed, claim, now=NOW + 90.0, pulse=bad)
+    with pytest.raises(Expired):
+        verifier.record(record.signed, claim, now=NOW + 85 + 20.0 + CLOCK_SKEW_S, pulse=make_pulse(node.key, record.boot, record.seq, 85))
+    assert verifier.verified == 1
+    assert lifetime_s(claim, 500.0, now=NOW + 90.0, pulse_s=85) == 20.0
+    assert lifetime_s(claim, 500.0, now=NOW + 90.0, pulse_s=50) == pytest.approx(10.0)
+
+
+def test_no_pulse_outlives_a_membership() -> None:
+    scribe = Scribe()
+    verifier, node = scribe.verifier(), scribe.node()
+    end = scribe.mesh.identity(Role.WORKER, now=NOW, key=node.key).membership.expires
+    scribe.now = end - 10.0
+    record = scribe.record(node)
+    claim = peek(record.signed)
+    verifier.record(record.signed, claim, now=end - 5.0, pulse=make_pulse(node.key, record.boot, record.seq, 5))
+    with pytest.raises(Expired):
+        verifier.record(
+            record.signed, claim, now=end + CLOCK_SKEW_S, pulse=make_pulse(node.key, record.boot, record.seq, 10 + int(CLOCK_SKEW_S))
+        )
 
 
 def test_what_remains_of_a_life_is_bounded_by_what_was_signed() -> None:

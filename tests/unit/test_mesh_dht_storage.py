@@ -12,8 +12,11 @@ from mesh.claims import CLOCK_SKEW_S
 from mesh.dht.config import DirectoryConfig
 from mesh.dht.keys import shard_of
 from mesh.dht.patch import base_of
+from mesh.dht.protocol import encode_found, parse_found, parse_tags
 from mesh.dht.storage import Held, RecordStore, Verdict, covered, tag_of
+from mesh.errors import MalformedEnvelope
 from mesh.identity import Identity
+from mesh.pulse import MAX_PULSE, Pulse, make_pulse
 from mesh.records import MAX_LIFETIME_S, ModelEntry, Record, State, directory_key, model_key, role_key
 from mesh.trust import Role
 from tests.support.records import NOW, Scribe
@@ -226,18 +229,108 @@ def test_a_held_record_knows_its_formers_for_patches(bench: Bench) -> None:
     assert held.base(base_of(records[3].signed)) == records[3].signed
     assert held.base(base_of(records[2].signed)) == records[2].signed
     assert held.base(base_of(records[0].signed)) is None
-    patch = held.patch_for({tag_of(records[2])[:-1]: tag_of(records[2])[-1]})
+    patch = held.patch_for(parse_tags(tag_of(records[2])))
     assert patch is not None
-    assert len(patch[1]) < 150
+    assert len(patch[1]) < 170
 
 
 def test_a_tag_covers_itself_and_what_came_before_it_in_the_same_boot(bench: Bench) -> None:
     node = bench.scribe.node()
     tags = {seq: tag_of(bench.scribe.record(node, seq=seq)) for seq in (1, 2, 255, 256)}
-    have = {tags[2][:-1]: tags[2][-1]}
+    have = parse_tags(tags[2])
     assert covered(tags[1], have)
     assert covered(tags[2], have)
-    assert covered(tags[255], {tags[256][:-1]: tags[256][-1]}), "the byte wraps"
+    assert not covered(tags[2][:-1] + b"\x05", have), "a later pulse is news"
+    assert covered(tags[1][:-1] + b"\x05", have), "but not of an older record"
+    assert covered(tags[255], parse_tags(tags[256])), "the byte wraps"
     assert not covered(tag_of(bench.scribe.record(node, seq=3)), have)
     assert not covered(tag_of(bench.scribe.record(node, seq=1, boot=int(NOW * 1000) + 1)), have)
     assert not covered(tag_of(bench.scribe.record(bench.scribe.node())), have)
+
+
+# pulses
+
+
+def pulse_of(node: Identity, record: Record, n: int) -> Pulse:
+    return make_pulse(node.key, record.boot, record.seq, n)
+
+
+def test_a_pulse_keeps_a_record_alive_and_nothing_else_does(bench: Bench) -> None:
+    node, other = bench.scribe.node(), bench.scribe.node()
+    record = bench.scribe.record(node)
+    bench.offer(record)
+    held = bench.store.held(node.node_id)
+    assert held is not None
+
+    def keep(pulse: Pulse, owner: Identity = node) -> Verdict:
+        return bench.store.keep(owner.node_id, pulse, now=bench.now, wall=NOW + bench.now - 1_000.0)
+
+    bench.now += 10.0
+    assert keep(Pulse(10, bytes(16))) is Verdict.UNKNOWN_BASE
+    assert keep(pulse_of(other, record, 10)) is Verdict.UNKNOWN_BASE
+    assert keep(pulse_of(other, record, 10), other) is Verdict.UNKNOWN_BASE, "it has no record here"
+    assert held.ends == 1_020.0
+    assert keep(pulse_of(node, record, 10)) is Verdict.ACCEPTED
+    assert held.ends == 1_030.0
+    assert keep(pulse_of(node, record, 10)) is Verdict.ACCEPTED, "sent again"
+    assert keep(pulse_of(node, record, 9)) is Verdict.STALE
+    bench.now += 15.0
+    assert bench.live() == [(node.node_id, 1)]
+    assert keep(pulse_of(node, record, 25)) is Verdict.ACCEPTED
+    bench.now += 20.0
+    assert bench.live() == [], "with its owner's silence it ends as every record does"
+    assert keep(pulse_of(node, record, 45)) is Verdict.UNKNOWN_BASE
+    assert bench.offer(record) is Verdict.EXPIRED
+
+
+def test_the_last_pulse_is_the_end_of_it(bench: Bench) -> None:
+    node = bench.scribe.node()
+    record = bench.scribe.record(node)
+    bench.offer(record)
+    for n in range(10, MAX_PULSE + 1, 10):
+        bench.now = 1_000.0 + n
+        assert bench.store.keep(node.node_id, pulse_of(node, record, n), now=bench.now, wall=NOW + n) is Verdict.ACCEPTED
+    bench.now += 20.0
+    assert bench.live() == []
+
+
+def test_a_newer_record_ends_the_pulses_of_the_older(bench: Bench) -> None:
+    node = bench.scribe.node()
+    older, newer = bench.scribe.record(node, seq=1), bench.scribe.record(node, seq=2)
+    bench.offer(older)
+    assert bench.store.keep(node.node_id, pulse_of(node, older, 5), now=bench.now, wall=NOW + 5) is Verdict.ACCEPTED
+    bench.offer(newer)
+    held = bench.store.held(node.node_id)
+    assert held is not None
+    assert held.tag[-1] == 0
+    assert bench.store.keep(node.node_id, pulse_of(node, older, 9), now=bench.now, wall=NOW + 9) is Verdict.UNKNOWN_BASE
+
+
+def test_a_record_travels_in_terms_of_what_its_asker_has(bench: Bench) -> None:
+    node = bench.scribe.node()
+    records = [bench.scribe.record(node, seq=seq) for seq in (1, 2)]
+    for record in records:
+        bench.offer(record)
+    held = bench.store.held(node.node_id)
+    assert held is not None
+    pulse = pulse_of(node, records[1], 7)
+    bases = {tag_of(record)[:-1]: record.signed for record in records}
+    for now_pulse in (Pulse(), pulse):
+        held.pulse = now_pulse
+        sizes = []
+        for known in ({}, parse_tags(tag_of(records[0])), parse_tags(tag_of(records[1]))):
+            item = encode_found(held, known, bench.now)
+            assert parse_found(item, bases) == (20.0, records[1].signed, now_pulse)
+            sizes.append(len(item))
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[2] <= 25
+        with pytest.raises(MalformedEnvelope):
+            parse_found(item, {})
+    for cut in range(len(item)):
+        with pytest.raises(MalformedEnvelope):
+            parse_found(item[:cut], bases)
+    for form in range(256):
+        try:
+            parse_found(item[:2] + bytes((form,)) + item[3:], bases)
+        except MalformedEnvelope:
+            continue

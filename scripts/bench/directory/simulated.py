@@ -190,11 +190,14 @@ class Siege:
 
     def _judge(self, records: list[Record]) -> None:
         now = self.swarm.loop.time()
-        oldest = self.honest[0].clock.wall() - self.swarm.config.record_ttl_s
+        newest = self.honest[0].clock.wall() + 1.0  # a pulse says whole seconds, rounded up
+        oldest = newest - self.swarm.config.record_ttl_s - 1.0
         for record in records:
             genuine = self.signed.get(record.signed)
-            self.counts["forged"] += genuine is None
-            self.counts["outdated"] += genuine is not None and now > 0 and genuine.issued < oldest
+            if genuine is None or genuine.issued + record.pulse > newest:
+                self.counts["forged"] += 1
+            elif now > 0 and genuine.issued + record.pulse < oldest:
+                self.counts["outdated"] += 1
 
     def routed(self) -> int:
         """Records in the proxies' views that no honest worker signed."""
