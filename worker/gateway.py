@@ -34,7 +34,7 @@ from mesh.link.link import MAX_TRAIL_BYTES, IncomingStream
 from mesh.prefix import HASH_BYTES, MAX_BLOCKS, MAX_TEXT_BYTES, split_chain
 from worker.admission import Admission, Priority
 from worker.engine import ModelSpec, Task
-from worker.engine.client import EngineAnswer, EngineClient
+from worker.engine.client import EngineAnswer, EngineClient, StaleConnection
 from worker.metering import Meter, Tally
 from worker.moving.relay import EngineRoutes, Events, prepare
 from worker.moving.resume import Continuation, ResumedEvents, Trailed, continuation, not_resumed
@@ -318,7 +318,8 @@ class Gateway:
     async def _post(self, url: str, prepared: Prepared, headers: dict[str, str]) -> EngineAnswer:
         """Send a request to the engine; returns once its answer's head is there.
 
-        A connection that was kept may just have been closed by an engine that keeps none: the request goes again, over another.
+        A connection that was kept may just have been closed by an engine that keeps none: the request goes again, over another. One that
+        was made for it and dies has taken the engine's answer with it, and maybe the engine: what did that is not sent there again.
         """
         for left in reversed(range(STALE_CONNECTIONS + 1)):
             data: bytes | bytearray | AsyncIterator[bytes | memoryview] = prepared.body
@@ -326,7 +327,7 @@ class Gateway:
                 data, headers["Content-Length"] = prepared.pieces(), str(prepared.size)
             try:
                 return await self._client.post(url, data=data, headers=headers)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            except StaleConnection:
                 if not left:
                     raise
         raise AssertionError("unreachable")

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from worker.engine.client import EngineAnswer, EngineClient
+from worker.engine.client import EngineAnswer, EngineClient, StaleConnection
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy.")
 DEADLINE_S = 10.0
@@ -169,9 +169,28 @@ async def test_kept_connection_that_was_closed_meanwhile_is_a_disconnection() ->
         await server.until(lambda: server.ended == 1)
         try:
             assert await ask(client, server) == b"{}", "its end had been heard of"
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+        except StaleConnection:
             assert await ask(client, server) == b"{}"
         assert server.connections == 2
+
+
+async def test_only_a_connection_that_was_kept_is_stale() -> None:
+    """One that was made for a request and dies may have died of it."""
+
+    async def serve(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await server.request(reader)
+        writer.write(OK)
+        await server.request(reader)
+
+    async with Server(says(b"", close=True)) as server, EngineClient(idle_s=5) as client:
+        with pytest.raises(aiohttp.ClientError) as caught:
+            await ask(client, server)
+        assert not isinstance(caught.value, StaleConnection)
+    async with Server(serve) as server, EngineClient(idle_s=5) as client:
+        await ask(client, server)
+        with pytest.raises(StaleConnection):
+            await ask(client, server)
+        assert not client._kept
 
 
 @pytest.mark.parametrize("unasked", [OK, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n", b"\0\xff"])

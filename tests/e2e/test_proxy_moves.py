@@ -237,7 +237,8 @@ async def test_only_a_worker_of_the_same_version_goes_on(stage: Stage, monkeypat
     assert same.stats.tokenized == 1
 
 
-async def test_stream_waits_for_a_worker_that_comes_soon(stage: Stage) -> None:
+async def test_stream_waits_for_a_worker_that_comes_soon(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moves, "WAIT_S", 60.0)
     one = await stage.add()
     undisturbed = await stage.ask()
     one.misbehave(Misbehaviour(mode=Mode.STALL, times=1, after_tokens=3))
@@ -245,7 +246,8 @@ async def test_stream_waits_for_a_worker_that_comes_soon(stage: Stage) -> None:
     await wire.until(b"finish_reason")
     await one.until(lambda stats: stats.completion_tokens >= TOKENS + 3)
     stage.workers[0].lose()
-    await asyncio.sleep(0.2)
+    while stage.front.fleet.workers:
+        await asyncio.sleep(0.01)
     await stage.add()
     assert_same(await wire.answer(), undisturbed)
     assert (await stage.status())["moved"] == 1

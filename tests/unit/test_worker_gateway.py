@@ -28,7 +28,7 @@ from mesh.link.link import WINDOW_BYTES
 from tests.support.pipe import Pair, Sink, linked
 from worker.admission import Admission
 from worker.engine import ModelSpec, Task
-from worker.engine.client import EngineClient
+from worker.engine.client import EngineClient, StaleConnection
 from worker.gateway import MAX_COMPLAINT_BYTES, PROGRESS_S, Gateway
 from worker.usage import EventStream
 
@@ -598,12 +598,20 @@ def test_whatever_the_engine_says_each_request_ends_exactly_once(pieces: list[An
 
 
 async def test_kept_connections_that_turn_out_to_be_closed_are_tried_again_over_another(stage: Open) -> None:
-    stale = Reply(before=aiohttp.ServerDisconnectedError())
+    stale = Reply(before=StaleConnection())
     at = stage(stale, stale, Reply([b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}']))
     sink = await at.ask()
     assert sink.heads
     assert len(at.session.asked) == 3
     assert at.engine.suspected == 0
+
+
+async def test_request_that_a_connection_of_its_own_died_of_is_not_sent_to_the_engine_again(stage: Open) -> None:
+    """It may have been at work on it, or ended by it."""
+    at = stage(Reply(before=aiohttp.ServerDisconnectedError()), Reply([ANSWER]))
+    sink = await at.ask()
+    assert [type(error) for error in sink.errors] == [EngineUnavailable]
+    assert len(at.session.asked) == 1
 
 
 # -- the engine's pulse

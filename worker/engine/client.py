@@ -35,6 +35,10 @@ class _Origin(NamedTuple):
     is_tls: bool
 
 
+class StaleConnection(aiohttp.ServerDisconnectedError):
+    """A connection that had been kept was closed before anything came of an answer: most likely before the request."""
+
+
 class _Connection(ResponseHandler):
     """aiohttp's client protocol. What comes while it is ``idle`` nobody asked for: the next request must not take it for its answer."""
 
@@ -55,7 +59,7 @@ class _Connection(ResponseHandler):
 class EngineClient:
     """``idle_s``: how long an idle connection is kept; 0 keeps none. As many connections as there are requests: admission bounds those.
 
-    Whatever goes wrong is an `aiohttp.ClientError`, an `OSError` or a `TimeoutError`.
+    Whatever goes wrong is an `aiohttp.ClientError` (a `StaleConnection` where asking again is in order), an `OSError` or a `TimeoutError`.
     """
 
     def __init__(self, *, idle_s: float) -> None:
@@ -81,7 +85,7 @@ class EngineClient:
         if told.count("\n") > len(lines) or told.count("\r") > len(lines):
             raise ValueError("a line break in a header")
         head = f"{route}{told}\r\n".encode()
-        connection = self._take(origin)
+        kept = connection = self._take(origin)
         if connection is None:
             connection = await self._connect(origin)
         try:
@@ -96,6 +100,11 @@ class EngineClient:
         except HttpProcessingError as error:
             connection.close()
             raise aiohttp.ClientError(f"the engine's answer is not HTTP ({error.message})") from None
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            connection.close()
+            if kept is None:
+                raise
+            raise StaleConnection from None
         except BaseException:
             connection.close()
             raise
