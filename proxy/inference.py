@@ -117,13 +117,15 @@ class Inference:
             self.meter.check()
             body = await self.bodies.read(request)
             call = self._endpoints.find(key, parse_call(path, body))
-            if call.endpoint is None and not self._fleet.candidates(call.model, call.task):
+            anybody = self._fleet.candidates(call.model, call.task)
+            if not anybody and call.endpoint is None:
                 call = await self._endpoints.look(key, call)
+                anybody = self._fleet.candidates(call.model, call.task)
             noted.model = call.model
             if call.endpoint is not None:
                 noted.endpoint = call.endpoint.name
             self._gate.authorize(key, call.model, noted.endpoint)
-            if not self._fleet.candidates(call.model, call.task) and not await self._found(call):
+            if not anybody and not await self._found(call):
                 raise self._nobody(call)
             model = call.model
             entered = self._limits.enter(key, call)

@@ -62,7 +62,7 @@ class Frame(IntEnum):
 MAX_TRAIL_PIECE_BYTES = 255
 MAX_TOKENS_DATA_BYTES = MAX_PAYLOAD_BYTES - 1 - MAX_TRAIL_PIECE_BYTES
 """So much of an answer's body fits into any TOKENS frame."""
-_TOKENS = int(Frame.TOKENS)
+_DATA, _END, _TOKENS = int(Frame.DATA), int(Frame.END), int(Frame.TOKENS)
 _LENGTHS = tuple(bytes([length]) for length in range(MAX_TRAIL_PIECE_BYTES + 1))
 
 LINK_CONTROL = frozenset(
@@ -79,9 +79,14 @@ def encode_frame(kind: int, stream: int, payload: bytes | bytearray = b"") -> by
     return _header(size, stream, kind) + payload
 
 
+def encode_whole(stream: int, body: bytes | bytearray) -> bytes:
+    """DATA and END of a body that fits into one frame: what most requests send."""
+    return _header(len(body), stream, _DATA) + body + _header(1, stream, _END) + EMPTY_CONTROL
+
+
 def encode_tokens(stream: int, trail: bytes, data: bytes) -> bytes:
     """A TOKENS frame: DATA with up to `MAX_TRAIL_PIECE_BYTES` of trail before it. ``data`` leaves room for them."""
-    return HEADER.pack(len(trail) + len(data) + 1, stream, _TOKENS) + _LENGTHS[len(trail)] + trail + data
+    return _header(len(trail) + len(data) + 1, stream, _TOKENS) + _LENGTHS[len(trail)] + trail + data
 
 
 def encode_control(kind: int, stream: int, fields: Mapping[str, Any]) -> bytes:

@@ -32,6 +32,7 @@ from mesh.link.frames import (
     encode_credit,
     encode_frame,
     encode_tokens,
+    encode_whole,
     parse_control,
     parse_credit,
 )
@@ -502,7 +503,7 @@ class OutgoingStream(_Sending):
         if size > self._credit or size > MAX_PAYLOAD_BYTES or not self.link._writable.is_set():
             return False
         self._credit -= size
-        self.link.write(encode_frame(_DATA, self.number, body) + encode_frame(_END, self.number, EMPTY_CONTROL))
+        self.link.write(encode_whole(self.number, body))
         return True
 
     def end(self) -> None:
