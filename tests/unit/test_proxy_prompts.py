@@ -94,6 +94,15 @@ def test_a_secret_is_found_wherever_it_stands_in_a_long_text(at: int, seed: int,
     assert len(found) < len(text) + 40
 
 
+@pytest.mark.parametrize("secret", [secret for secret, put in SECRETS.items() if put != secret])
+def test_a_secret_is_found_across_the_edge_of_a_window(secret: str) -> None:
+    for before in range(WINDOW - len(secret) - 20, WINDOW + 2):
+        words = ("word and " * before)[: before - 1] + " "
+        found = redact(f"{words}{secret} and more{' and more' * 10}")
+        assert found.count(SECRETS[secret].split()[-1]) == 1
+        assert secret.split()[-1] not in found
+
+
 @pytest.mark.parametrize(
     "piece", ["a@", "1 ", "1-", "-----BEGIN ", "(", "eyJ", "a.", "sk-", "0", "+1", "/a1", "password=", "@a.", "x" * 31 + " "]
 )
