@@ -5,7 +5,7 @@ to disk; once a second what was written is signed (`mesh.receipts`). What a read
 told of survives kill -9 and power cuts, and is there once.
 
 Writing happens with every request, reading now and then. So a row of the file is no receipt but a pack: the receipts of one commit that
-share the second of their `at`, one after the other. Readers open the packs of the seconds they want and sort there.
+share the `SLOT_MS` of their `at`, one after the other. Readers open the packs of the slots they want and sort there.
 
 A disk that is full or too slow loses nothing silently. Receipts wait in memory, the node says so (`Ledger.trouble`, metrics, doctor), and
 with `MAX_WAITING` of them it takes no further requests until they are on disk.
@@ -49,11 +49,13 @@ PAGE_BYTES = 128 * 1024
 PAGE_RECEIPTS = 2_000
 MAX_PROOFS = 16
 
-FORMAT = 2
+SLOT_MS = 100
+"""As long as commits are apart: shorter ones make more packs of a commit, longer ones more work of a page."""
+FORMAT = 3
 """Of the file. No release has written another one."""
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS packs (last INTEGER PRIMARY KEY, second INTEGER NOT NULL, receipts BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS packs_by_second ON packs (second);
+CREATE TABLE IF NOT EXISTS packs (last INTEGER PRIMARY KEY, slot INTEGER NOT NULL, receipts BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS packs_by_slot ON packs (slot);
 CREATE TABLE IF NOT EXISTS batches (number INTEGER PRIMARY KEY, last INTEGER NOT NULL, signed BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS batches_by_last ON batches (last);
 """
@@ -286,17 +288,17 @@ class _Store:
             self._load()
             there = {body for _, body in self._numbered("last > ?", sure_of)}
             rows = [row for row in rows if row[1] not in there]
-        seconds: dict[int, list[bytes]] = {}
+        slots: dict[int, list[bytes]] = {}
         for at, body in rows:
-            seconds.setdefault(at // 1000, []).append(body)
+            slots.setdefault(at // SLOT_MS, []).append(body)
         leaves, newest, db = list(self._leaves), self._newest, self._db
         batch = None
         db.execute("BEGIN IMMEDIATE")
         try:
-            for second, bodies in seconds.items():
+            for slot, bodies in slots.items():
                 newest += len(bodies)
                 leaves += map(leaf_hash, bodies)
-                db.execute("INSERT INTO packs VALUES (?, ?, ?)", (newest, second, _pack(bodies)))
+                db.execute("INSERT INTO packs VALUES (?, ?, ?)", (newest, slot, _pack(bodies)))
             if leaves and (last or now - self._signed_at >= SIGN_EVERY_S):
                 batch = self._sign(self._number + 1, len(leaves), root_hash(leaves), self._previous)
                 db.execute("INSERT INTO batches VALUES (?, ?, ?)", (self._number + 1, newest, batch))
@@ -337,8 +339,8 @@ class _Store:
             batch = self._db.execute("SELECT number, last FROM batches ORDER BY number LIMIT 1").fetchone()
             if batch is None or batch[0] == self._number:
                 break
-            newest = self._db.execute("SELECT max(second) FROM packs WHERE last <= ?", (batch[1],)).fetchone()[0]
-            if newest is not None and newest * 1000 + 999 >= oldest:
+            newest = self._db.execute("SELECT max(slot) FROM packs WHERE last <= ?", (batch[1],)).fetchone()[0]
+            if newest is not None and (newest + 1) * SLOT_MS > oldest:
                 break
             gone += self._db.execute("DELETE FROM packs WHERE last <= ?", (batch[1],)).rowcount
             self._db.execute("DELETE FROM batches WHERE number = ?", (batch[0],))
@@ -361,7 +363,7 @@ class _Store:
 
     def _matching(self, query: Query) -> Generator[tuple[int, bytes]]:
         """Number and bytes of the receipts asked for, in the order asked for. A pack that nobody in it is wanted of is not opened."""
-        where, values = ["second >= ?", "second <= ?"], [max(query.since, query.after[0]) // 1000, (query.until - 1) // 1000]
+        where, values = ["slot >= ?", "slot <= ?"], [max(query.since, query.after[0]) // SLOT_MS, (query.until - 1) // SLOT_MS]
         wanted: list[tuple[str, str | bytes]] = [
             (name, value) for name, value in (("p", query.project), ("key", query.key)) if value is not None
         ]
@@ -385,7 +387,7 @@ class _Store:
                 if n > query.written and about(body) is not None:
                     yield n, body
             return
-        text = f"SELECT last, receipts, second FROM packs WHERE {' AND '.join(where)} ORDER BY second, last"
+        text = f"SELECT last, receipts, slot FROM packs WHERE {' AND '.join(where)} ORDER BY slot, last"
         for _, packs in groupby(self._read.execute(text, (*values, *needles)), key=itemgetter(2)):
             found: dict[Order, tuple[int, bytes]] = {}  # of one place, which only a peer that repeats itself can bring about, the first
             for n, body in _unpacked(packs):
@@ -396,7 +398,7 @@ class _Store:
 
     def prove(self, request_id: str, since: int) -> list[Proof]:
         db, needle = self._read, request_id.encode()
-        packs = db.execute("SELECT last, receipts FROM packs WHERE second >= ? AND instr(receipts, ?)", (since // 1000, needle))
+        packs = db.execute("SELECT last, receipts FROM packs WHERE slot >= ? AND instr(receipts, ?)", (since // SLOT_MS, needle))
         found: list[tuple[Order, int, bytes]] = []
         for n, body in _unpacked(packs):
             fields = msgpack.unpackb(body) if needle in body else {}
