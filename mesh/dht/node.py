@@ -78,7 +78,7 @@ class DhtNode:
         self.time = MeshTime(clock)
         self.memory = PeerMemory(config, rng)
         self.table = Table(identity.node_id, config)
-        self.verifier = verifier or Verifier(MembershipCache(identity.trust))
+        self.verifier = verifier if verifier is not None else Verifier(MembershipCache(identity.trust))
         self.store = RecordStore(self.verifier, config)
         boot = int(clock.wall() * 1000)
         self.sessions = Sessions(identity, self.verifier, boot=boot, serve=serve, size=config.max_sessions)

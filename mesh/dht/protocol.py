@@ -12,7 +12,7 @@ FIND_VALUE  [key, rank after which to go on, contacts wanted,   [contacts, recor
             tags of the records in hand, parts wanted]          in parts
 STORE       [[keys], remaining ms, base, record or patch]       [[verdicts], [nodes known nearer to each key than this one]]
 WATCH       [[keys], lease ms]                                  [lease ms]
-PULSE       [n, proof]                                          [verdict, nodes known nearer to its keys than this one]
+PULSE       [n, proof]                                          [verdict]
 NOTICE      [remaining ms, record]                              none
 PROOF       [] and the cookie                                   none
 =========== =================================================== ==========================================================
@@ -225,9 +225,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         request.require_proof()
         verdict = self.storage.keep(request.node_id, pulse, now=self.clock.monotonic(), wall=self.time.now())
         self.counts.add(f"store_{verdict.name.lower()}")
-        held = self.storage.held(request.node_id)
-        keys = held.keys if held is not None and verdict is Verdict.ACCEPTED else ()
-        return [[int(verdict), max((self._nearer_known(key, request.node_id) for key in keys), default=0)]]
+        return [[int(verdict)]]
 
     def rpc_watch(self, request: Request) -> list[list[Any]]:
         keys, lease_ms = _fields(request, 2)

@@ -39,7 +39,6 @@ _REFRESH_SHARE = 0.5
 _TRY_UP_S = 300.0
 _UNHURRIED_WALKS = 5
 """In a large mesh walks are so many times rarer: who stands nearer is heard of from holders."""
-_VERDICTS = frozenset(int(verdict) for verdict in Verdict)
 _GOOD = (Verdict.ACCEPTED, Verdict.WITHDRAWN)
 
 Walk = Callable[[bytes], Awaitable[list[Contact]]]
@@ -364,14 +363,11 @@ class Publisher:
     async def _keep(self, contact: Contact, places: list[_Place], accepted: dict[bytes, int], pulse: Pulse) -> bool:
         """A pulse instead of a record; False if the holder should rather be sent one."""
         reply = await self._protocol.request(contact.address, Op.PULSE, msgpack.packb(pulse), node_id=contact.id)
-        verdict, nearer = _read_pulse_reply(reply)
-        if verdict is not Verdict.ACCEPTED or self._base is None:
+        if reply is None or reply.bodies[:1] != [[Verdict.ACCEPTED]] or self._base is None:
             return False
         for place in places:
             self._note_holder(place, contact, self._base)
             accepted[place.key] += 1
-            if nearer > self._config.holders + self._config.spares:
-                place.walk_at = float("-inf")
         return True
 
     def _note_holder(self, place: _Place, contact: Contact, record: Record) -> None:
@@ -438,13 +434,6 @@ def _in_turn(due: list[list[tuple[Contact, _Place]]]) -> Iterator[tuple[Contact,
 
 def _chunks(places: list[_Place]) -> list[list[_Place]]:
     return [places[at : at + _KEYS_PER_STORE] for at in range(0, len(places), _KEYS_PER_STORE)]
-
-
-def _read_pulse_reply(reply: Reply | None) -> tuple[Verdict | None, int]:
-    if reply is None or not reply.bodies or len(reply.bodies[0]) != 2:
-        return None, 0
-    verdict, nearer = reply.bodies[0]
-    return (Verdict(verdict), nearer) if type(verdict) is int and verdict in _VERDICTS and type(nearer) is int else (None, 0)
 
 
 def _read_store_reply(reply: Reply | None, count: int) -> tuple[list[Verdict | None], list[int]]:
