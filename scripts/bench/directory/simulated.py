@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import io
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,15 +21,15 @@ from bench.directory.report import quantile
 from mesh.errors import MeshError
 from mesh.records import Record
 from mesh.trust import Role
-from tests.sim.test_directory_hostile import Outsider, storm
+from tests.sim.test_directory_hostile import STORM_KINDS, storm
 from tests.sim.test_directory_scale import AT_ONCE, crowd, look_ups, time_to_be_routable
 from tests.sim.test_directory_swarm import found, ids, known, ready_mesh, until
 from tests.support.byzantine import LIES, Liar
+from tests.support.strangers import bombard, overhear, refusals
 from tests.support.swarm import SimNode, Swarm, simulate
 
 Json = dict[str, Any]
 Row = Json
-STORM_KINDS = 9
 JOIN_S = 40.0
 """All workers of `crowded` come within this."""
 
@@ -233,12 +232,9 @@ def hostile(size: Size) -> list[Row]:
     refused: Counter[str] = Counter()
 
     async def stores(swarm: Swarm) -> None:
-        await storm(swarm, each=each)
-        refused.update({verdict.name: count for verdict, count in swarm.nodes[1].running.node.store.verdicts.items()})
+        refused.update(await storm(swarm, each=each))
 
-    said = io.StringIO()
-    with redirect_stdout(said):
-        simulate(stores, seed=size.seed)  # its assertions: nothing accepted, nothing held, nothing newer in an older one's place
+    simulate(stores, seed=size.seed)  # its assertions: nothing accepted, nothing held, nothing newer in an older one's place
     sent = each * STORM_KINDS
     rows = [
         row(
@@ -247,7 +243,6 @@ def hostile(size: Size) -> list[Row]:
             "0",
             True,
             refused=dict(refused),
-            said=said.getvalue().strip(),
         )
     ]
 
@@ -271,33 +266,15 @@ def hostile(size: Size) -> list[Row]:
 
 def _strangers(size: Size, datagrams: int) -> Row:
     """Noise, overheard datagrams sent again, and such with a bit changed or the end cut off."""
-    got: Counter[str] = Counter()
+    got: Json = {}
 
     async def scenario(swarm: Swarm) -> None:
-        overheard: list[tuple[str, bytes]] = []
-        swarm.network.tap = lambda source, target, data: overheard.append((target[0], data))
-        await swarm.bootstrap(1)
-        for worker in await swarm.grow(Role.WORKER, 10):
-            worker.announce()
-        await asyncio.sleep(5.0)
-        swarm.network.tap = None
-        stranger = Outsider(swarm.network)
-        by_address = {node.address: node for node in swarm.nodes}
-        for number in range(datagrams):
-            target, data = swarm.rng.choice(overheard)
-            at = swarm.rng.randrange(len(data))
-            flipped = data[:at] + bytes((data[at] ^ 1,)) + data[at + 1 :]
-            stranger.send((swarm.rng.randbytes(swarm.rng.randrange(1_300)), data, flipped, data[:at])[number % 4], by_address[target])
-            if number % 500 == 0:
-                await asyncio.sleep(0.2)
-        await asyncio.sleep(5.0)
-        got["bytes back"] = stranger.received
-        for node in swarm.nodes:
-            got.update({name: int(count) for name, count in node.running.stats().items() if name.startswith("refused_")})
-        assert got["refused_unsealed"] > datagrams / 2
+        stranger = await bombard(swarm, await overhear(swarm, 10, for_s=5.0), datagrams)
+        got["bytes_back"], got["refused"] = stranger.received, refusals(swarm.nodes)
+        assert got["refused"]["refused_unsealed"] > datagrams / 2
 
     simulate(scenario, seed=size.seed)
-    return _is_zero(f"{datagrams} datagrams of a stranger", bytes_back=got["bytes back"]) | {"refused": dict(got)}
+    return _is_zero(f"{datagrams} datagrams of a stranger", bytes_back=got["bytes_back"]) | {"refused": got["refused"]}
 
 
 # coming and going
