@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from mesh.apikey import ApiKey, KeyRole, KeyVerifier
@@ -42,6 +43,8 @@ class Gate:
         self._freshness = freshness or Freshness(stale_s=0.0, fresh_until=NEVER_STALE)
         self._clock = clock
         self._region = region
+        self.refused: Counter[str] = Counter()
+        """Keys that did not hold, by the code of what was wrong with them."""
 
     def authenticate(self, authorization: str | None) -> ApiKey:
         """From the Authorization header to verified claims. Raises `InvalidKey`, which never repeats the key."""
@@ -53,15 +56,18 @@ class Gate:
         now = self._clock.wall()
         try:
             key = self._keys.verify(text.strip(), now=now)
-        except (Expired, NotYetValid, MalformedEnvelope, OutOfScope, Revoked) as error:
-            raise InvalidKey(f"Incorrect API key: {error.message}") from None
-        except BadSignature:
-            raise InvalidKey("Incorrect API key: its signature does not hold") from None
-        except TrustError:
+        except TrustError as error:
+            self.refused[error.code] += 1
+            if isinstance(error, Expired | NotYetValid | MalformedEnvelope | OutOfScope | Revoked):
+                raise InvalidKey(f"Incorrect API key: {error.message}") from None
+            if isinstance(error, BadSignature):
+                raise InvalidKey("Incorrect API key: its signature does not hold") from None
             raise InvalidKey("Incorrect API key: it was not issued for this mesh") from None
         if key.region is not None and key.region != self._region:
+            self.refused["region"] += 1
             raise InvalidKey("Incorrect API key: it is for another region")
         if now >= self._freshness.fresh_until:
+            self.refused[RevocationsStale.code] += 1
             raise self._stale()
         return key
 
@@ -69,6 +75,11 @@ class Gate:
     def fresh(self) -> bool:
         """Whether keys can be accepted at all: see `mesh.freshness`."""
         return self._clock.wall() < self._freshness.fresh_until
+
+    @property
+    def confirmed_ago_s(self) -> float:
+        """How long ago the list was last confirmed to be the newest; 0 where there is none to be behind with."""
+        return max(0.0, self._clock.wall() - self._freshness.confirmed) if self._revoked.newest.seq else 0.0
 
     def about(self) -> dict[str, Any]:
         """The revocation list as this proxy has it, for people."""

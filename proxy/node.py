@@ -31,6 +31,7 @@ from proxy.endpoints import Endpoints
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
+from proxy.gate_metrics import GateCollector
 from proxy.inference import Inference
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import Limiter
@@ -108,6 +109,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     proxies.limits = limits
     explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants, sharing=limits.sharing)
     metrics.registry.register(LimitsCollector(limits))
+    metrics.registry.register(GateCollector(gate))
     documents = DocumentRoutes(directory, identity.trust, clock=clock)
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     metrics.registry.register(LedgerCollector(ledger))

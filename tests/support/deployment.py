@@ -122,8 +122,10 @@ class Deployment:
         self.bootstraps += [address for address in node.about["addresses"] if address not in self.bootstraps]
         return node
 
-    async def proxy(self, name: str = "p1", *arguments: str, fresh: bool = True, uses: int = 1) -> Node:
-        return await self._start(Role.PROXY, name, ("--port", "0", *arguments), self.invite(Role.PROXY, uses=uses) if fresh else "")
+    async def proxy(self, name: str = "p1", *arguments: str, fresh: bool = True, uses: int = 1, program: Path | None = None) -> Node:
+        """``program``: a script in the place of `mesh-proxy`."""
+        token = self.invite(Role.PROXY, uses=uses) if fresh else ""
+        return await self._start(Role.PROXY, name, ("--port", "0", *arguments), token, program=program)
 
     async def worker(self, name: str, *arguments: str, fresh: bool = True, wait: bool = True) -> Node:
         return await self._start(Role.WORKER, name, arguments, self.invite(Role.WORKER) if fresh else "", wait=wait)
@@ -143,7 +145,9 @@ class Deployment:
         )
         return self.authority.mint_key(claims)
 
-    async def _start(self, role: Role, name: str, arguments: tuple[str, ...], token: str, *, wait: bool = True) -> Node:
+    async def _start(
+        self, role: Role, name: str, arguments: tuple[str, ...], token: str, *, wait: bool = True, program: Path | None = None
+    ) -> Node:
         state_dir = self.home / "nodes" / name
         log = self.home / f"{name}.log"
         command = ["--home", str(self.home), "--state-dir", str(state_dir), "--name", name, "--preset", "local", *arguments]
@@ -151,12 +155,12 @@ class Deployment:
         if token:
             environ["MESH_JOIN"] = token
         process: asyncio.subprocess.Process | Child
-        if self._nursery is not None:
+        if self._nursery is not None and program is None:
             process = await self._nursery.start(role, command, environ, log)
         else:
             with log.open("ab") as output:
                 process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", str(role), *command),
+                    *(sys.executable, *((str(program),) if program is not None else ("-m", str(role))), *command),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from mesh.apikey import APIKEY_DOMAIN, PREFIX, ApiKey, KeyRole, encode_base62, mint
 from mesh.authority import KEYS_KID, NODES_KID
 from mesh.envelope import seal
-from mesh.errors import InvalidKey, KeyNotAllowed
+from mesh.errors import InvalidKey, KeyNotAllowed, RevocationsStale
+from mesh.freshness import Freshness
 from mesh.invite import Invite, seal_invite
+from mesh.revocations import NONE, RevocationList
 from mesh.trust import Issuer, Purpose, Role, key_id, parse_keyset, raw_public_key, seal_keyset
 from proxy.gate import Gate
+from proxy.gate_metrics import GateCollector
 from proxy.respond import error_response
 from tests.support.authority import make_mesh
 from tests.support.clocks import StoppedClock
@@ -172,3 +175,32 @@ def test_looking_takes_the_role_or_an_admins() -> None:
     at.require(replace(CLAIMS, roles=frozenset({"admin"})), KeyRole.VIEWER)
     with pytest.raises(KeyNotAllowed):
         at.require(CLAIMS, KeyRole.VIEWER)
+
+
+def test_metrics_tell_refusals_and_how_old_the_news_of_revoked_keys_is() -> None:
+    clock, revoked = StoppedClock(NOW), RevocationList()
+    freshness = Freshness(stale_s=600.0, looked=True, confirmed=NOW - 90, fresh_until=NOW + 510)
+    at = Gate(MESH.trust(), clock=clock, region="eu", revoked=revoked, freshness=freshness)
+
+    def shown() -> dict[str, float]:
+        samples = [sample for family in GateCollector(at).collect() for sample in family.samples]
+        return {sample.name + "".join(f" {value}" for value in sample.labels.values()): sample.value for sample in samples}
+
+    assert shown()["infermesh_revocations_confirmed_seconds"] == 0, "of a mesh that has revoked nothing"
+    revoked.newest = replace(NONE, seq=7, keys={CLAIMS.id: NOW + 9000}, projects={"ads": NOW})
+    elsewhere = mint(replace(CLAIMS, id=b"abcdefgh", region="us"), MESH.keys_issuer, KEYS_KID)
+    expired = mint(replace(CLAIMS, not_before=NOW - 9, expires=NOW - 1), MESH.keys_issuer, KEYS_KID)
+    for text in (GOOD, GOOD, expired, elsewhere, "sk-other"):
+        refusal(f"Bearer {text}", at)
+    clock.now = NOW + 600
+    with pytest.raises(RevocationsStale):
+        at.authenticate(f"Bearer {mint(replace(CLAIMS, id=b'abcdefgh'), MESH.keys_issuer, KEYS_KID)}")
+    told = shown()
+    reasons = {name.split()[1]: count for name, count in told.items() if name.startswith("infermesh_keys_refused_total")}
+    assert reasons == {"revoked": 2, "expired": 1, "region": 1, "malformed_envelope": 1, "revocations_stale": 1}
+    assert (
+        told["infermesh_revocations_epoch"],
+        told["infermesh_revocations_listed keys"],
+        told["infermesh_revocations_listed projects"],
+    ) == (7, 1, 1)
+    assert (told["infermesh_revocations_confirmed_seconds"], told["infermesh_revocations_stale"]) == (690, 1)

@@ -14,7 +14,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from bench.limits import cost, real, simulated  # noqa: E402
+from bench.limits import cost, hotpath, real, simulated  # noqa: E402
 
 Json = dict[str, Any]
 
@@ -32,10 +32,10 @@ def table(title: str, rows: list[Json]) -> Table:
 
 
 @click.command()
-@click.option("--only", multiple=True, help=f"Only this part (again for more): {', '.join((*simulated.ROWS, 'cost', 'real'))}.")
+@click.option("--only", multiple=True, help=f"Only this part (again for more): {', '.join((*simulated.ROWS, 'cost', 'hotpath', 'real'))}.")
 @click.option("--real", "with_real", is_flag=True, help="Real processes as well: some minutes.")
 @click.option("--proxies", default="2,4", show_default=True, help="real: how many.")
-@click.option("--rps", default=40.0, show_default=True, help="real: the limit; clients ask for three times as much.")
+@click.option("--rps", default=10.0, show_default=True, help="real: the limit; clients ask for three times as much.")
 @click.option("--seconds", default=75.0, show_default=True, help="real: how long.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--quick", is_flag=True, help="Fewer proxies and less time: a look at whether it all works, not figures to quote.")
@@ -54,10 +54,13 @@ def main(
     if not only or "cost" in only:
         found["cost"] = cost.measure()
         console.print(table("cost of a request's limits, headers included", found["cost"]))
+    if not only or "hotpath" in only:
+        found["hotpath"] = hotpath.measure() + hotpath.real()
+        console.print(table("cost of limits, receipts and revocation together: CPU of the whole process", found["hotpath"]))
     if with_real or "real" in only:
         counts = [int(part) for part in proxies.split(",")]
-        found["real"] = [real.measure(proxies=count, rps=rps, seconds=seconds, kill=False) for count in counts]
-        found["real"].append(real.measure(proxies=counts[-1], rps=rps, seconds=seconds, kill=True))
+        found["real"] = [real.measure(proxies=count, rps=rps, seconds=seconds) for count in counts]
+        found["real"] += [real.measure(proxies=counts[-1], rps=rps, seconds=seconds, fault=fault) for fault in real.FAULTS]
         console.print(table("real processes", found["real"]))
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")
