@@ -1,8 +1,8 @@
 """Keeps prompts and answers of the calls whose endpoint says so, beside the requests: never in their way, and rather not at all than late.
 
-A call that is to be kept gets a `Watched` in place of its `Downstream`; no other call pays anything. What it held goes, once the call is
-over, to one thread, which redacts, seals and writes it. If that cannot keep up, or the disk does not take it, the record is dropped and
-counted.
+A call that is to be kept gets a `Watched` in place of its `Downstream`; no other call pays anything. What was held of calls that are over
+goes, all together a few times a second, to one thread, which redacts, seals and writes it. If that cannot keep up, or the disk does not
+take it, records are dropped and counted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from mesh.errors import MeshError, Overloaded, ProtocolError
 from mesh.link.link import IncomingStream
 from mesh.prompts import Kept, PromptPage, PromptQuery, encode_page, parse_query, seal_record
 from proxy.prompts.record import MAX_BODY_BYTES, make_record
-from proxy.prompts.store import PromptStore
+from proxy.prompts.store import PromptStore, Record
 from proxy.prompts.watched import Watched
 
 log = structlog.get_logger(__name__)
 
 FILE = "prompts.db"
 SWEEP_S = 30.0
+WRITE_EVERY_S = 0.25
+"""Waking a thread costs a proxy more than what it then does, so it is done for several calls at once."""
 MAX_WAITING = 1_000
 MAX_WAITING_BYTES = 32 << 20
 """Calls, and their bytes, that wait for the thread."""
@@ -65,7 +67,10 @@ class Prompts:
         self._clock = clock
         self._store: PromptStore | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
-        self._waiting = self._waiting_bytes = 0
+        self._waiting: list[_Job] = []
+        self._held = self._held_bytes = 0
+        self._due: asyncio.TimerHandle | None = None
+        self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -79,11 +84,16 @@ class Prompts:
             await self._clock.sleep(SWEEP_S)
 
     async def stop(self) -> None:
-        """What has not been written by now is not kept."""
+        """Write what waits, and close."""
+        if self._due is not None:
+            self._due.cancel()
+        self._closed = True
+        if self._waiting:
+            self._hand_over()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(None, lambda: self._thread.shutdown(cancel_futures=True))
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -102,40 +112,55 @@ class Prompts:
             answer=watched.answer if watched.whole or watched.is_stream else None,
             stream=watched.is_stream,
         )
-        if self._waiting >= MAX_WAITING or self._waiting_bytes + job.held_bytes > MAX_WAITING_BYTES:
+        if self._closed or self._held >= MAX_WAITING or self._held_bytes + job.held_bytes > MAX_WAITING_BYTES:
             self.dropped += 1
             return
-        try:
-            written = asyncio.get_running_loop().run_in_executor(self._thread, self._write, job)
-        except RuntimeError:  # this process ends
-            self.dropped += 1
-            return
-        self._waiting += 1
-        self._waiting_bytes += job.held_bytes
-        written.add_done_callback(partial(self._written, job.held_bytes))
+        self._held += 1
+        self._held_bytes += job.held_bytes
+        self._waiting.append(job)
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(WRITE_EVERY_S, self._hand_over)
 
-    def _written(self, size: int, written: asyncio.Future[None]) -> None:
-        """What cannot be kept is nobody's trouble. The error's text is not told: it might hold what was to be kept."""
-        self._waiting -= 1
-        self._waiting_bytes -= size
-        error = None if written.cancelled() else written.exception()
-        if error is not None:
-            log.warning("prompts.not_kept", error=type(error).__name__)
-        if error is not None or written.cancelled():
-            self.dropped += 1
-        else:
-            self.kept += 1
+    def _hand_over(self) -> None:
+        jobs, self._waiting = self._waiting, []
+        written = asyncio.get_running_loop().run_in_executor(self._thread, self._write, jobs)
+        written.add_done_callback(partial(self._written, jobs))
+
+    def _written(self, jobs: list[_Job], written: asyncio.Future[int]) -> None:
+        """What cannot be kept is nobody's trouble. No error's text is told: it might hold what was to be kept."""
+        self._held -= len(jobs)
+        self._held_bytes -= sum(job.held_bytes for job in jobs)
+        kept = 0
+        if not written.cancelled():
+            if (error := written.exception()) is not None:
+                log.warning("prompts.not_kept", error=type(error).__name__)
+            else:
+                kept = written.result()
+        self.kept += kept
+        self.dropped += len(jobs) - kept
+        self._due = asyncio.get_running_loop().call_later(WRITE_EVERY_S, self._hand_over) if self._waiting else None
 
     # -- in the thread
 
-    def _write(self, job: _Job) -> None:
+    def _write(self, jobs: list[_Job]) -> int:
+        """How many of them are kept."""
+        records = []
+        for job in jobs:
+            try:
+                records.append(self._record(job))
+            except Exception as error:  # a fault in here must not cost the others
+                log.warning("prompts.not_kept", error=type(error).__name__)
+        self._opened().add(records)
+        return len(records)
+
+    def _record(self, job: _Job) -> Record:
         endpoint, request_id = job.endpoint, job.about["request"]
         recording = endpoint.recording
         assert recording is not None
         record = make_record(job.body, job.size, job.answer, stream=job.stream, full=recording.full, about=job.about)
         sealed = seal_record(record, recording.public_key, project=endpoint.project, endpoint=endpoint.name, request_id=request_id)
-        kept = Kept(id=request_id, at=job.about["at"], sealed=sealed)
-        self._opened().add(endpoint.project, endpoint.name, kept, ends=int((self._clock.wall() + recording.keep_s) * 1000))
+        ends = int((self._clock.wall() + recording.keep_s) * 1000)
+        return Record(endpoint.project, endpoint.name, Kept(id=request_id, at=job.about["at"], sealed=sealed), ends)
 
     def _sweep(self) -> None:
         self._opened().sweep(int(self._clock.wall() * 1000))

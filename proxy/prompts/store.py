@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from mesh.prompts import PAGE_BYTES, Kept, PromptPage, PromptQuery
 
@@ -24,6 +26,15 @@ CREATE INDEX IF NOT EXISTS prompts_by_end ON prompts (ends);
 """
 
 
+class Record(NamedTuple):
+    """What is written. ``ends``: when it is to be gone, in wall-clock ms."""
+
+    project: str
+    endpoint: str
+    kept: Kept
+    ends: int
+
+
 class PromptStore:
     """Raises `sqlite3.Error` or `OSError` if the file cannot be used. Times are wall-clock ms."""
 
@@ -36,10 +47,12 @@ class PromptStore:
         self._room_bytes = room_bytes
         self._bytes: int = self._database.execute("SELECT coalesce(sum(length(sealed)), 0) FROM prompts").fetchone()[0]
 
-    def add(self, project: str, endpoint: str, kept: Kept, *, ends: int) -> None:
-        row = (project, endpoint, kept.id, kept.at, ends, kept.sealed)
-        self._database.execute("INSERT INTO prompts (project, endpoint, id, at, ends, sealed) VALUES (?, ?, ?, ?, ?, ?)", row)
-        self._bytes += len(kept.sealed)
+    def add(self, records: Iterable[Record]) -> None:
+        rows = [(project, endpoint, kept.id, kept.at, ends, kept.sealed) for project, endpoint, kept, ends in records]
+        with self._database:
+            self._database.execute("BEGIN")
+            self._database.executemany("INSERT INTO prompts (project, endpoint, id, at, ends, sealed) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self._bytes += sum(len(row[-1]) for row in rows)
         while self._bytes > self._room_bytes:
             self._drop("number IN (SELECT number FROM prompts ORDER BY number LIMIT 64)")
 

@@ -371,3 +371,14 @@ async def test_a_proxy_that_has_not_heard_of_an_endpoint_looks_for_it_before_it_
     assert (await ask(front, "chat", only))[0] == 200, "it was in the directory"
     assert (await ask(front, "chat", only))[0] == 200
     assert front.shelf.asked == [("endpoint", "chat")] * 2
+
+
+async def test_what_waits_is_written_when_the_proxy_stops(tmp_path: Path) -> None:
+    async with Front(MESH, tmp_path) as front:
+        await front.worker(whole, models=(QWEN,))
+        front.endpoint("chat", model="Qwen/Qwen3-8B", recording=Recording(public_key=PUBLIC, keep_s=3600))
+        for _ in range(3):
+            assert (await ask(front, "chat", front.key()))[0] == 200
+    again = keeper.Prompts(tmp_path / "prompts.db", clock=front.clock)
+    assert len((await again.page(PromptQuery(project="p", endpoint="chat"))).kept) == 3
+    await again.stop()

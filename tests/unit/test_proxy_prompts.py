@@ -30,7 +30,7 @@ from mesh.prompts import (
 )
 from proxy.prompts.record import MAX_ANSWER_TEXT, MAX_PROMPT_TEXT, make_record
 from proxy.prompts.redact import WINDOW, redact
-from proxy.prompts.store import PromptStore
+from proxy.prompts.store import PromptStore, Record
 
 KEY = X25519PrivateKey.generate()
 PUBLIC = KEY.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
@@ -224,7 +224,7 @@ def store(folder: Path, **room: int) -> PromptStore:
 
 
 def put(kept: PromptStore, number: int, *, size: int = 100, ends: int = 1_000_000, endpoint: str = "chat") -> None:
-    kept.add("search", endpoint, Kept(id=f"req_{number}", at=number, sealed=number.to_bytes(4) * (size // 4)), ends=ends)
+    kept.add([Record("search", endpoint, Kept(id=f"req_{number}", at=number, sealed=number.to_bytes(4) * (size // 4)), ends)])
 
 
 def ids(kept: PromptStore, now: int = 0, **asked: Any) -> list[str]:
