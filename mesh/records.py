@@ -125,6 +125,11 @@ class Record:
         """Which of two copies is worth more: the newer, and of the same record the one that lives longer."""
         return self.boot, self.seq, self.expires
 
+    @property
+    def confirmed(self) -> float:
+        """When its owner last said so: as it signed it, or with its latest pulse."""
+        return self.issued + self.pulse
+
     def alive(self, now: float) -> bool:
         return now < self.expires
 

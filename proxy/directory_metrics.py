@@ -45,7 +45,7 @@ COUNTERS = {
 STORES = "Records offered to this node, by what became of them."
 REFUSED = "Datagrams, records and replies refused, by reason."
 LATENCY = "How long look-ups of records took."
-AGE = "How long ago the records of the view were signed, by role."
+AGE = "How long ago the owners of the view's records last confirmed them, by role."
 
 
 class DirectoryCollector(Collector):

@@ -183,7 +183,7 @@ class Explainer:
             "state": str(record.state),
             "models": [entry.name for entry in record.models],
             "address": record.addresses[0] if record.addresses else "",
-            "age_s": round(self._directory.node.time.now() - record.issued, 1),
+            "age_s": round(self._directory.node.time.now() - record.confirmed, 1),
             "expires_in_s": round(record.expires - self._clock.wall(), 1),
         }
 

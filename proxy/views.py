@@ -61,7 +61,7 @@ class Views:
     def record_ages(self) -> dict[str, list[float]]:
         """By role, how many seconds ago each live record of the directory's view was signed, by the mesh's clock."""
         now = self._directory.node.time.now()
-        return {str(role): [max(0.0, now - record.issued) for record in self._directory.known(role)] for role in Role}
+        return {str(role): [max(0.0, now - record.confirmed) for record in self._directory.known(role)] for role in Role}
 
     def records(self, role: Role) -> list[Record]:
         """The newest live record of every node of a role; a broken link ends a worker's listing sooner than its record does."""
