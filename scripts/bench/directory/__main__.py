@@ -28,7 +28,7 @@ def beside_others(console: Console, plan: Plan, peers: str, hivemind_nodes: int)
         raise click.BadParameter(f"{', '.join(unknown)}: known are {', '.join(loopback.PEERS)}", param_hint="--peers")
     results = loopback.measure(names, plan, hivemind_nodes=hivemind_nodes, say=lambda text: console.print(f"[dim]{text}"))
     found = report.summaries(results)
-    rows = report.ratios(found)
+    rows = report.ratios(found, plan.concurrency)
     judged = report.verdicts(found, rows)
     console.print(report.loopback_table(results, found))
     if rows:

@@ -35,12 +35,15 @@ async function runAll (operations) {
     while (next < operations.length && performance.now() < until) {
       const { kind, run } = operations[next++]
       const began = performance.now()
+      const cpu = process.cpuUsage()
       let timer
       const late = new Promise((resolve) => { timer = setTimeout(resolve, plan.limit_s * 1e3, false) })
       const ok = await Promise.race([run().catch(() => false), late])
       clearTimeout(timer)
-      const samples = (found[kind] ||= { ms: [], ok: 0 })
+      const samples = (found[kind] ||= { ms: [], cpu_ms: [], ok: 0 })
+      const used = process.cpuUsage(cpu)
       samples.ms.push(performance.now() - began)
+      samples.cpu_ms.push((used.user + used.system) / 1e3)
       samples.ok += ok ? 1 : 0
     }
   }

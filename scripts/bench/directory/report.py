@@ -11,7 +11,7 @@ Json = dict[str, Any]
 PHASES = (("healthy", "0% dead"), ("dead", "just killed"))
 KINDS = ("store", "get", "whole")
 WORDS = {"store": "store", "get": "get, first answer", "whole": "get, all holders heard"}
-FIGURES = ("p50", "p99", "mean")
+FIGURES = ("p50", "p99", "mean", "cpu_p50")
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -28,6 +28,7 @@ def summary(samples: Json) -> Json:
     times = samples["ms"]
     return {
         "mean_ms": sum(times) / len(times),
+        "cpu_p50_ms": quantile(samples["cpu_ms"], 0.5) if samples["cpu_ms"] else None,
         "p50_ms": quantile(times, 0.5),
         "p99_ms": quantile(times, 0.99),
         "n": len(times),
@@ -51,7 +52,7 @@ def loopback_table(results: Json, found: Json) -> Table:
         f"{plan['nodes']} nodes in one process on loopback UDP, {plan['concurrency']} operations at once; ms, failed operations included"
     )
     table = Table("nodes", "operation", "DHT", title=title)
-    for column in ("p50", "p99", "mean", "CPU each", "right"):
+    for column in ("p50", "p99", "mean", "CPU p50", "CPU each", "right"):
         table.add_column(column, justify="right")
     for phase, label in PHASES:
         share = label if phase == "healthy" else f"{plan['dead']:.0%} {label}"
@@ -61,16 +62,19 @@ def loopback_table(results: Json, found: Json) -> Table:
                 if cell is None:
                     continue
                 each = cell.get("cpu_ms_each")
-                figures = [ms(cell[name]) for name in ("p50_ms", "p99_ms", "mean_ms")]
+                figures = [ms(cell[name]) if cell[name] is not None else "-" for name in ("p50_ms", "p99_ms", "mean_ms", "cpu_p50_ms")]
                 right = f"{cell['success']:.1%} of {cell['n']}"
                 table.add_row(share, WORDS[kind], fleet["name"], *figures, "-" if each is None else f"{each:.1f}", right)
             table.add_section()
     return table
 
 
-def ratios(found: Json) -> list[Json]:
-    """By how much each other DHT takes longer than ours, by phase, kind and figure: below 1, it is faster. Where one ends a look-up with
-    the first answer, that is held against both of ours; only the same kind is like for like."""
+def ratios(found: Json, concurrency: int) -> list[Json]:
+    """By how much each other DHT takes longer than ours, by phase, kind and figure: below 1, it is faster.
+
+    Where one ends a look-up with the first answer, that is held against both of ours; only the same kind is like for like. CPU time
+    until the answer is told where nothing else was going on.
+    """
     ours = found.get("infermesh")
     if ours is None:
         return []
@@ -81,8 +85,8 @@ def ratios(found: Json) -> list[Json]:
         for phase, _ in PHASES
         for kind, own in (("store", "store"), ("get", "get"), ("whole", "whole"), ("get", "whole"))
         if (its := fleet[phase].get(kind)) is not None
-        for which in FIGURES
-        if (value := ours[phase].get(own, {}).get(f"{which}_ms"))
+        for which in (FIGURES if phase == "healthy" and concurrency == 1 else FIGURES[:3])
+        if its[f"{which}_ms"] is not None and (value := ours[phase].get(own, {}).get(f"{which}_ms"))
     ]
 
 
@@ -92,7 +96,7 @@ def ratio_table(rows: list[Json]) -> Table:
         table.add_column(which, justify="right")
     cells = {(row["phase"], row["kind"], row["our_kind"], row["peer"], row["figure"]): row["ratio"] for row in rows}
     for phase, kind, own, peer in dict.fromkeys(key[:4] for key in cells):
-        values = (f"{cells[phase, kind, own, peer, which]:.2f}" for which in FIGURES)
+        values = (f"{cells[key]:.2f}" if (key := (phase, kind, own, peer, which)) in cells else "-" for which in FIGURES)
         table.add_row(dict(PHASES)[phase], WORDS[kind], WORDS[own], peer, *values)
     return table
 

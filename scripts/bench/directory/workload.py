@@ -63,10 +63,11 @@ class Fleet(Protocol):
 
 @dataclass(slots=True)
 class Samples:
-    """Every operation of a kind: its time in ms, failed ones too, how many succeeded; with nothing else going on, the CPU time of
-    the whole fleet's process for each (background included)."""
+    """Every operation of a kind: its time in ms, failed ones too, and the CPU time of the fleet's process in between; how many
+    succeeded; with nothing else going on, the CPU time of the whole fleet's process for each (background included)."""
 
     ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
     ok: int = 0
     cpu_ms_each: float | None = None
 
@@ -79,11 +80,12 @@ class Operation:
 
 async def _timed(operation: Operation, found: dict[str, Samples]) -> None:
     """Each answer counts as of the moment its caller has it."""
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
 
     def note(kind: str, right: bool) -> None:
         samples = found.setdefault(kind, Samples())
         samples.ms.append((time.perf_counter() - began) * 1e3)
+        samples.cpu_ms.append((time.process_time() - cpu) * 1e3)
         samples.ok += right
 
     done: bool | First = False
