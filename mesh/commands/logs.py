@@ -80,7 +80,8 @@ def logs(
 
     async def show() -> None:
         async with asking(settings) as mesh:
-            proxies = [node for node, role in (await mesh.nodes()).items() if role == Role.PROXY]
+            began = time.time()
+            proxies = await _proxies(mesh)
             written = {node: (await mesh.page(node, Query(since=_FAR, project=project))).last for node in proxies} if follow else {}
             survey = await mesh.survey(since, time.time() + 60, project, only=set(proxies))
             found = [
@@ -94,26 +95,37 @@ def logs(
                 _show_log(record, as_json)
             tell_gaps({}, complete=not survey.lost, lost=lost_nodes(survey))
             if follow:
-                await _follow(mesh, written, project, test, {order for order, _ in found}, as_json)
+                await _follow(mesh, written, int(began * 1000), project, test, {order for order, _ in found}, as_json)
 
     run(show)
 
 
+async def _proxies(mesh: Asked) -> list[bytes]:
+    return [node for node, role in (await mesh.nodes()).items() if role == Role.PROXY]
+
+
 async def _follow(
-    mesh: Asked, written: dict[bytes, int], project: str | None, test: Test, shown: set[tuple[int, str, int]], as_json: bool
+    mesh: Asked,
+    written: dict[bytes, int],
+    began_ms: int,
+    project: str | None,
+    test: Test,
+    shown: set[tuple[int, str, int]],
+    as_json: bool,
 ) -> None:
+    """Show what proxies write from the places ``written`` on; of one that comes later, calls that came later too. One that is away, the
+    one that is asked among them, is asked again."""
     while True:
-        for node in await mesh.nodes():
-            if node not in written and (await mesh.nodes())[node] != Role.PROXY:
-                continue
-            with suppress(ApiError):
-                page = await mesh.page(node, Query(written=written.get(node, 0), project=project))
-                written[node] = page.last
-                for body in page.receipts:
-                    receipt = parse_receipt(body)
-                    record = log_record(Copy(receipt=receipt, node_id=node))
-                    if record is not None and receipt.order not in shown and test(record):
-                        _show_log(record, as_json)
+        with suppress(ApiError):
+            for node in await _proxies(mesh):
+                query = Query(written=written.get(node, 0), since=0 if node in written else began_ms, project=project)
+                with suppress(ApiError):
+                    page = await mesh.page(node, query)
+                    written[node] = page.last
+                    for receipt in map(parse_receipt, page.receipts):
+                        record = log_record(Copy(receipt=receipt, node_id=node))
+                        if record is not None and receipt.order not in shown and test(record):
+                            _show_log(record, as_json)
         await asyncio.sleep(FOLLOW_S)
 
 

@@ -8,6 +8,9 @@ import contextlib
 import csv
 import io
 import json
+import os
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -106,6 +109,8 @@ async def test_usage_is_the_engines_own_count_whoever_is_asked_and_whoever_is_lo
     await _bills_add_up(books, requests)
     await _exports_and_proofs_hold(books, requests)
     await _logs_say_who_called(books, requests)
+    requests += await _logs_follow_what_comes(books)
+    await until(settled, what="the receipts of those calls as well")
 
     await books.workers[0].kill()
     await _is_right_without(books, found, asked=0)
@@ -208,3 +213,35 @@ async def _logs_say_who_called(books: Books, requests: int) -> None:
     assert {json.loads(line)["project"] for line in mine} == {"ads"}
     refused = await books.command("logs", "--filter", "colour=red", key=viewer, fails=True)
     assert "no field 'colour'" in refused.output
+
+
+async def _logs_follow_what_comes(books: Books) -> int:
+    """In a process of its own: it shows what was, then each call once as it comes, at whichever proxy, until Ctrl-C. Returns how many."""
+    arguments = ("logs", "--follow", "--all", "--json", "--limit", "1", "--filter", "status=ok", "--url", books.proxies[0].root)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MESH_")} | {"MESH_HOME": str(books.mesh.home)}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "mesh", *arguments), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environ
+    )
+    assert process.stdout is not None
+
+    async def line() -> str:
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            return str(json.loads(await process.stdout.readline())["request"])
+
+    try:
+        seen = [await line()]
+        for proxy in (books.proxies[1], books.proxies[0], books.proxies[1]):
+            headers = {"Authorization": f"Bearer {books.keys['ads']}"}
+            async with books.mesh.http.post(f"{proxy.api}/chat/completions", json=chat_body("follow"), headers=headers) as response:
+                assert response.status == 200
+                await response.read()
+                asked = response.headers["x-request-id"]
+            seen.append(await line())
+            assert seen[-1] == asked
+        assert len(set(seen)) == 4
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, told = await process.communicate()
+    assert b"Traceback" not in told
+    return len(seen) - 1
