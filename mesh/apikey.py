@@ -58,7 +58,7 @@ class ApiKey:
     """The verified claims of a key. ``None`` means no restriction by this key. ``delegations`` are the ids of those it was made with.
 
     ``id`` is 8 random bytes; times are wall-clock seconds; ``rps`` requests and ``tps`` tokens per second;
-    ``concurrency`` requests at once; ``budget`` a money amount in the mesh's currency.
+    ``concurrency`` requests at once; ``tokens_per_day`` by UTC; ``budget`` an amount a month in the mesh's currency.
     """
 
     id: bytes
@@ -73,6 +73,7 @@ class ApiKey:
     rps: float | None = None
     tps: float | None = None
     concurrency: float | None = None
+    tokens_per_day: float | None = None
     budget: float | None = None
     delegations: tuple[bytes, ...] = ()
 
@@ -88,6 +89,7 @@ class ApiKey:
             rps=self.rps,
             tps=self.tps,
             concurrency=self.concurrency,
+            tokens_per_day=self.tokens_per_day,
             budget=self.budget,
             ttl_s=self.expires - self.not_before,
         )
@@ -120,6 +122,7 @@ class ApiKey:
             "rps": self.rps,
             "tps": self.tps,
             "concurrency": self.concurrency,
+            "tokens_per_day": self.tokens_per_day,
             "budget": self.budget,
             "not_before": self.not_before,
             "expires": self.expires,
@@ -129,7 +132,7 @@ class ApiKey:
 
 _SINGULAR = {"projects": "project", "regions": "region"}
 _LISTS = (("m", "models"), ("e", "endpoints"))
-_NUMBERS = (("rps", "rps"), ("tps", "tps"), ("con", "concurrency"), ("bud", "budget"))
+_NUMBERS = (("rps", "rps"), ("tps", "tps"), ("con", "concurrency"), ("tpd", "tokens_per_day"), ("bud", "budget"))
 
 
 def mint(claims: ApiKey, issuer: Ed25519PrivateKey, kid: str) -> str:
@@ -315,6 +318,7 @@ def _claims_from(payload: dict[str, Any], kid: str, delegations: tuple[bytes, ..
         rps=optional_number("rps"),
         tps=optional_number("tps"),
         concurrency=optional_number("con"),
+        tokens_per_day=optional_number("tpd"),
         budget=optional_number("bud"),
         delegations=delegations,
     )

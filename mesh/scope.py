@@ -13,7 +13,7 @@ from typing import Any
 from mesh.claims import read_number, read_strs
 
 LISTS = (("projects", "projects"), ("models", "models"), ("endpoints", "endpoints"), ("regions", "regions"), ("key_roles", "roles"))
-NUMBERS = (("rps", "rps"), ("tps", "tps"), ("con", "concurrency"), ("bud", "budget"), ("ttl", "ttl_s"))
+NUMBERS = (("rps", "rps"), ("tps", "tps"), ("con", "concurrency"), ("tpd", "tokens_per_day"), ("bud", "budget"), ("ttl", "ttl_s"))
 """Names in a payload and here."""
 MAX_LISTED = 256
 MAX_LIFETIME_S = 90 * 24 * 3600.0
@@ -22,8 +22,8 @@ MAX_LIFETIME_S = 90 * 24 * 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """``roles`` are those of API keys. Per key: ``rps`` requests and ``tps`` tokens a second, ``concurrency`` requests at once, ``budget``
-    money, ``ttl_s`` seconds of life."""
+    """``roles`` are those of API keys. Per key: ``rps`` requests and ``tps`` tokens a second, ``concurrency`` requests at once,
+    ``tokens_per_day``, ``budget`` money a month, ``ttl_s`` seconds of life."""
 
     projects: frozenset[str] | None = None
     models: frozenset[str] | None = None
@@ -33,6 +33,7 @@ class Scope:
     rps: float | None = None
     tps: float | None = None
     concurrency: float | None = None
+    tokens_per_day: float | None = None
     budget: float | None = None
     ttl_s: float | None = None
 

@@ -49,6 +49,7 @@ def _own_claims(bounds: Scope, *, now: float) -> ApiKey:
         rps=bounds.rps,
         tps=bounds.tps,
         concurrency=bounds.concurrency,
+        tokens_per_day=bounds.tokens_per_day,
         budget=bounds.budget,
     )
 

@@ -53,6 +53,7 @@ def scope_options(command: F) -> F:
             click.option("--rps", type=click.FloatRange(0, min_open=True), help="Most requests per second of one key."),
             click.option("--tps", type=click.FloatRange(0, min_open=True), help="Most tokens per second of one key."),
             click.option("--concurrency", type=click.IntRange(1), help="Most requests at once of one key."),
+            click.option("--tokens-per-day", type=click.FloatRange(0, min_open=True), help="Most tokens per day of one key."),
             click.option("--budget", type=click.FloatRange(0, min_open=True), help="Largest budget of one key."),
             click.option("--max-ttl", type=Duration(), metavar="TIME", help="Longest life of one key, up to 90d."),
         )
@@ -74,6 +75,7 @@ def _scope(options: dict[str, Any]) -> Scope:
         rps=options.pop("rps"),
         tps=options.pop("tps"),
         concurrency=options.pop("concurrency"),
+        tokens_per_day=options.pop("tokens_per_day"),
         budget=options.pop("budget"),
         ttl_s=options.pop("max_ttl"),
     )
@@ -292,7 +294,7 @@ def publish(url: str | None, home: Path, as_json: bool) -> None:
 
 def narrowed(asked: Scope, outer: Scope) -> Scope:
     """What was left open takes the bound of what stands above: asking for nothing special is no mistake."""
-    fields = ("projects", "models", "endpoints", "regions", "roles", "rps", "tps", "concurrency", "budget", "ttl_s")
+    fields = ("projects", "models", "endpoints", "regions", "roles", "rps", "tps", "concurrency", "tokens_per_day", "budget", "ttl_s")
     return Scope(**{name: getattr(asked, name) if getattr(asked, name) is not None else getattr(outer, name) for name in fields})
 
 

@@ -236,6 +236,7 @@ def claims_of(entry: dict[str, Any]) -> ApiKey:
         rps=entry.get("rps"),
         tps=entry.get("tps"),
         concurrency=entry.get("concurrency"),
+        tokens_per_day=entry.get("tokens_per_day"),
         budget=entry.get("budget"),
     )
 

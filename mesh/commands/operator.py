@@ -104,7 +104,8 @@ key.add_command(rotate)
 @click.option("--rps", type=click.FloatRange(0, min_open=True), help="Requests per second.")
 @click.option("--tps", type=click.FloatRange(0, min_open=True), help="Tokens per second.")
 @click.option("--concurrency", type=click.IntRange(1), help="Requests at once.")
-@click.option("--budget", type=click.FloatRange(0, min_open=True), help="What it may spend, in the mesh's currency.")
+@click.option("--tokens-per-day", type=click.FloatRange(0, min_open=True), help="Tokens per day, by UTC.")
+@click.option("--budget", type=click.FloatRange(0, min_open=True), help="What it may spend in a month, in the mesh's currency.")
 @click.option("--endpoint", multiple=True, metavar="E", help="An endpoint it may use; repeat for more. [all]")
 @click.option("--region", metavar="R", help="Only in this region.")
 @click.option("--issuer", metavar="K", help="Which issuer or delegation signs it. [the widest here]")
@@ -119,6 +120,7 @@ def create_key(
     rps: float | None,
     tps: float | None,
     concurrency: int | None,
+    tokens_per_day: float | None,
     budget: float | None,
     endpoint: tuple[str, ...],
     region: str | None,
@@ -149,6 +151,7 @@ def create_key(
         rps=fitted(rps, bounds.rps),
         tps=fitted(tps, bounds.tps),
         concurrency=fitted(concurrency, bounds.concurrency),
+        tokens_per_day=fitted(tokens_per_day, bounds.tokens_per_day),
         budget=fitted(budget, bounds.budget),
         kid=signer.kid,
     )

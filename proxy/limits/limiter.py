@@ -244,7 +244,7 @@ class Limiter:
 
     def _make_plan(self, key: ApiKey, call: Call) -> Plan:
         model, endpoint = call.model, call.endpoint
-        of_key = Limit(rps=key.rps, tps=key.tps, concurrency=key.concurrency, money_per_month=key.budget)
+        of_key = Limit(rps=key.rps, tps=key.tps, concurrency=key.concurrency, tokens_per_day=key.tokens_per_day, money_per_month=key.budget)
         operators, own = self.rules.of_project(key.project)
         project, named = f"project:{key.project}", f"the project '{key.project}'"
         scopes = [

@@ -68,6 +68,7 @@ def test_key_reads_back_as_it_was_minted() -> None:
         rps=1.5,
         tps=2.0,
         concurrency=3.0,
+        tokens_per_day=5e6,
         budget=4.0,
     )
     assert verify_key(mint(claims, MESH.keys_issuer, "keys-1"), MESH.trust(), now=NOW) == claims

@@ -95,6 +95,7 @@ def test_what_is_sealed_keeps_within_its_signer() -> None:
         (Scope(rps=4.0), {}),
         (Scope(tps=1.0), {}),
         (Scope(concurrency=1.0), {"concurrency": 2.0}),
+        (Scope(tokens_per_day=1.0), {}),
         (Scope(budget=1.0), {}),
         (Scope(ttl_s=DAY_S - 1), {}),
     ],
@@ -227,6 +228,7 @@ SCOPES = st.builds(
     rps=NUMBER,
     tps=NUMBER,
     concurrency=NUMBER,
+    tokens_per_day=NUMBER,
     budget=NUMBER,
     ttl_s=st.one_of(st.none(), st.sampled_from([600.0, 3600.0, DAY_S])),
 )
@@ -255,6 +257,7 @@ def chains(draw: st.DrawFn) -> tuple[list[Scope], ApiKey, list[float]]:
         rps=asked.rps,
         tps=asked.tps,
         concurrency=asked.concurrency,
+        tokens_per_day=asked.tokens_per_day,
         budget=asked.budget,
     )
     return scopes, claims, [draw(st.sampled_from([600.0, DAY_S, 30 * DAY_S])) for _ in scopes]
@@ -284,7 +287,9 @@ def can(scope: Scope, act: dict[str, Any]) -> bool:
         and allows(scope.endpoints, act["endpoint"])
         and allows(scope.regions, act["region"])
         and allows(scope.roles, act["role"])
-        and all(most is None or act["amount"] <= most for most in (scope.rps, scope.tps, scope.concurrency, scope.budget))
+        and all(
+            most is None or act["amount"] <= most for most in (scope.rps, scope.tps, scope.concurrency, scope.tokens_per_day, scope.budget)
+        )
     )
 
 

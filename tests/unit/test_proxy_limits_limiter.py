@@ -371,3 +371,11 @@ def test_wills_are_told_ahead_and_anew_to_a_new_heir() -> None:
     wills.expire(15.0)
     assert wills.open(b"owner") == [(b"c", 7.0, 20.0)]
     assert wills.open(b"owner") == []
+
+
+def test_key_has_a_day_of_tokens_of_its_own(clock: StoppedClock) -> None:
+    made = limiter(clock)
+    hold = enter(made, call_of(max_tokens=800), tokens_per_day=1000)
+    hold.settle(100, 800)
+    hold.end()
+    assert isinstance(refusal(made, call_of(max_tokens=100), tokens_per_day=1000), QuotaSpent)
