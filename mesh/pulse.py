@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 PULSE_BYTES = 16
-MAX_PULSE = 120
+MAX_PULSE = 240
 """Seconds a record can be kept so; then it is signed anew."""
 
 

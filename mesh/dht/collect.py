@@ -2,12 +2,14 @@
 
 The first reply of a node brings a few records and a fingerprint of all it holds. One holder is then asked for everything; the
 others, where their fingerprints differ from what is in hand, for what is not in hand yet. So a key with 128 records costs one
-copy of them and a few differences, and what one holder withholds another adds.
+copy of them and a few differences, and what one holder withholds another adds. Fingerprints leave pulses out: as long as every record in
+hand will last, nobody is asked whether its owner has confirmed it since, and when one will not, one holder is asked for all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -34,7 +36,8 @@ _PATIENCE = 3
 class Collector:
     """The records of one look-up. ``known`` are records in hand: only newer ones are fetched, where it can be as patches.
 
-    ``on_change`` is called whenever `busy` may have changed.
+    ``lasting_s`` is how much life a record must have left for nobody to be asked about it; with some in hand only the nearest ``holders``
+    are asked for differences. ``on_change`` is called whenever `busy` may have changed.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Collector:
         key: bytes,
         accept: Accept,
         known: Iterable[Record],
+        lasting_s: float,
+        holders: int,
         on_change: Callable[[], None],
     ) -> None:
         self._protocol = protocol
@@ -53,8 +58,12 @@ class Collector:
         self._clock = clock
         self._key = key
         self._accept = accept
+        self._lasting_s = lasting_s
+        self._goal = int.from_bytes(key)
+        self._most = holders
+        self._answered: list[int] = []
         self._on_change = on_change
-        self._newest: dict[bytes, tuple[tuple[int, int, int], bytes]] = {}
+        self._newest: dict[bytes, tuple[tuple[int, int, int], Record]] = {}
         self._bases: dict[bytes, bytes] = {}
         self._waiting: dict[Contact, bytes] = {}
         self._fetching: dict[Contact, asyncio.TimerHandle] = {}
@@ -86,6 +95,7 @@ class Collector:
     def first(self, contact: Contact, body: list[Any]) -> object:
         """Take in the first reply of a node; returns the contacts in it. Raises a `TrustError`."""
         contacts, more, mark = self._take(contact, body)
+        insort(self._answered, contact.long_id ^ self._goal)
         if more:
             self._waiting[contact] = mark
             self._start()
@@ -119,12 +129,21 @@ class Collector:
         known = self._newest.get(record.node_id)
         order = (*record.order, record.pulse)
         if known is None or order > known[0]:
-            self._newest[record.node_id] = (order, tag_of(record))
+            self._newest[record.node_id] = (order, record)
             self._bases[name_of(record)] = record.signed
             self._news += 1
 
-    def _tags(self) -> list[bytes]:
-        return [tag for _, tag in self._newest.values()]
+    def _in_hand(self) -> list[Record]:
+        return [record for _, record in self._newest.values()]
+
+    def _is_settled(self, mark: bytes) -> bool:
+        """Whether a holder with this fingerprint has nothing that we need."""
+        records, until = self._in_hand(), self._clock.wall() + self._lasting_s
+        return mark == fingerprint(map(name_of, records)) and all(record.expires > until for record in records)
+
+    def _is_far(self, contact: Contact) -> bool:
+        """Not one of the holders as far as we know: it has what some owners take it for, and nothing that those nearer have not."""
+        return bisect_left(self._answered, contact.long_id ^ self._goal) >= self._most
 
     def _start(self) -> None:
         """Fetch from one holder first; once that is done, from all that differ."""
@@ -132,15 +151,15 @@ class Collector:
             return
         for contact, mark in list(self._waiting.items()):
             del self._waiting[contact]
-            if mark == fingerprint(self._tags()):
+            if self._is_settled(mark) or (self.knows_some and self._is_far(contact)):
                 continue
             self._fetch(contact, 0, b"")
             if not self._whole:
                 return
 
     def _fetch(self, contact: Contact, page: int, after: bytes) -> None:
-        have = b"".join(self._tags()[-MAX_TAGS:])
-        body = msgpack.packb([self._key, after, False, have, 0])
+        have = b"".join(map(tag_of, self._in_hand()[-MAX_TAGS:]))
+        body = msgpack.packb([self._key, after, 0, have, 0])
         self._protocol.ask(contact.address, Op.FIND_VALUE, body, partial(self._on_reply, contact, page), node_id=contact.id)
         patience_s = _PATIENCE * self._memory.patience_s(contact.id)
         loop = asyncio.get_running_loop()

@@ -34,6 +34,10 @@ from mesh.records import Record
 _MAX_CANDIDATES = 256
 _MAX_HOPS_LOGGED = 200
 _FIRST_PARTS = 3
+_CONTACTS, _CONTACTS_AGAIN = 8, 3
+"""Asked of each node; fewer where the key was read a moment ago, and only those who came since can be news."""
+_LASTING = 0.4
+"""The share of its life that a record in hand must have left: it lasts until the next sweep, and no refresh that is on time is missed."""
 _WORTHLESS_AFTER = 3
 
 
@@ -128,7 +132,17 @@ class Crawl:
         self._goal = int.from_bytes(key)
         self._collector: Collector | None = None
         if accept is not None:
-            self._collector = Collector(protocol, memory, clock, key=key, accept=accept, known=known, on_change=self._wait_a_turn)
+            self._collector = Collector(
+                protocol,
+                memory,
+                clock,
+                key=key,
+                accept=accept,
+                known=known,
+                lasting_s=_LASTING * config.record_ttl_s,
+                holders=config.holders,
+                on_change=self._wait_a_turn,
+            )
         self._width = width or config.read_width
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []
@@ -264,8 +278,8 @@ class Crawl:
         if self._collector is None:
             op, body = Op.FIND_NODE, msgpack.packb([self._key, max(self._width, self._config.read_width)])
         else:
-            parts = 0 if self._collector.knows_some else _FIRST_PARTS
-            op, body = Op.FIND_VALUE, msgpack.packb([self._key, b"", True, b"", parts])
+            contacts, parts = (_CONTACTS_AGAIN, 0) if self._collector.knows_some else (_CONTACTS, _FIRST_PARTS)
+            op, body = Op.FIND_VALUE, msgpack.packb([self._key, b"", contacts, b"", parts])
         self._protocol.ask(contact.address, op, body, partial(self._on_reply, hop, path), node_id=contact.id)
         patience_s = self._memory.patience_s(contact.id)
         self._timers[contact.id] = asyncio.get_running_loop().call_later(patience_s, self._late, hop, path)

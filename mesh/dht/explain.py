@@ -225,7 +225,7 @@ async def _read_holder(node: DhtNode, reading: _Reading, key: bytes, shard: int,
         async with asyncio.timeout(timeout_s):
             after: bytes | None = b""
             for _ in range(MAX_PAGES):
-                body = msgpack.packb([key, after, False, b"", 0])
+                body = msgpack.packb([key, after, 0, b"", 0])
                 reply = await node.protocol.request(contact.address, Op.FIND_VALUE, body, node_id=contact.id)
                 if reply is None:
                     break

@@ -45,6 +45,8 @@ log = structlog.get_logger(__name__)
 _RESOLVE_S = 3.0
 _JOIN_AT_ONCE = 16
 _SEEDS = 24
+_LARGE_PROBES = 2
+"""In a large mesh there is more talk to learn from; probes are so many times rarer."""
 _NEAR_ENOUGH = 3
 _LONG_LOST_S = 20.0
 _REUNITE_EVERY_S = 5.0
@@ -434,7 +436,7 @@ class DhtNode:
         now = self.clock.monotonic()
         self.store.expire(now)
         self.publisher.unhurried = self.is_large
-        if self._due("probe", now, self.config.probe_interval_s):
+        if self._due("probe", now, self.config.probe_interval_s * (_LARGE_PROBES if self.is_large else 1)):
             self._probe_silent(now)
         if self._due("buckets", now, self.config.refresh_bucket_s / 4):
             self.tasks.start(self._refresh_buckets(older_than_s=self.config.refresh_bucket_s), name="directory buckets")

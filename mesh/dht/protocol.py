@@ -158,19 +158,20 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
     def rpc_find_value(self, request: Request) -> list[list[Any]]:
         key, after, contacts_wanted, have, parts_wanted = _fields(request, 5)
-        if not isinstance(after, bytes) or len(after) > ID_BYTES or type(parts_wanted) is not int:
-            raise MalformedEnvelope("bad place to go on")
+        if not isinstance(after, bytes) or len(after) > ID_BYTES or type(parts_wanted) is not int or type(contacts_wanted) is not int:
+            raise MalformedEnvelope("bad look-up")
         now = self.clock.monotonic()
         room = request.room - _RECORDS_FRAME_BYTES
-        contacts = self._contacts(request, _key(key), _CONTACTS_WITH_RECORDS, room) if contacts_wanted else b""
-        most = request.parts if not contacts_wanted else min(request.parts, max(0, parts_wanted))
+        wanted = max(0, min(contacts_wanted, _CONTACTS_WITH_RECORDS))
+        contacts = self._contacts(request, _key(key), wanted, room) if wanted else b""
+        most = request.parts if not wanted else min(request.parts, max(0, parts_wanted))
         known = parse_tags(have)
-        if contacts_wanted and self.storage.count(key) > _FEW_RECORDS:
+        if wanted and self.storage.count(key) > _FEW_RECORDS:
             most = min(most, 1)
         parts: list[list[bytes]] = [[]]
-        left, more, tags = room - len(contacts) if most else 0, False, []
+        left, more, names = room - len(contacts) if most else 0, False, []
         for held in self.storage.live(key, now, after=after):
-            tags.append(held.tag)
+            names.append(held.name)
             if more or covered(held.tag, known):
                 continue
             item = encode_found(held, known, now)
@@ -183,8 +184,8 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
                 left = room
             parts[-1].append(item)
             left -= size
-        full, mark = self.storage.is_full(key, now), fingerprint(tags)
-        return [[contacts if at == 0 else b"", len(tags), full, more, items, mark] for at, items in enumerate(parts)]
+        full, mark = self.storage.is_full(key, now), fingerprint(names)
+        return [[contacts if at == 0 else b"", len(names), full, more, items, mark] for at, items in enumerate(parts)]
 
     def rpc_store(self, request: Request) -> list[list[Any]]:
         keys, remaining_ms, base, data = _fields(request, 4)
@@ -348,12 +349,12 @@ def parse_found(item: object, bases: Mapping[bytes, bytes]) -> tuple[float, byte
     return remaining_s, former if form & _SAME else apply_patch(former, data[NAME_BYTES:]), pulse
 
 
-def fingerprint(tags: Iterable[bytes]) -> bytes:
-    """One short value for a set of records, whatever their order."""
+def fingerprint(names: Iterable[bytes]) -> bytes:
+    """One short value for a set of records, whatever their order and their pulses."""
     total = 0
-    for tag in tags:
-        total ^= int.from_bytes(tag)
-    return total.to_bytes(TAG_BYTES)
+    for name in names:
+        total ^= int.from_bytes(name)
+    return total.to_bytes(NAME_BYTES)
 
 
 def parse_tags(data: object) -> dict[bytes, int]:
