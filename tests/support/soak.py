@@ -105,6 +105,7 @@ class Soak:
         self._broken: dict[str, float] = {}
         """What is broken now: its name and since when."""
         self._mended = 0.0
+        self._over = False
         self.outcomes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.unexplained: list[str] = []
@@ -135,9 +136,9 @@ class Soak:
                 self._spawn(self._one())
                 due += self._rng.expovariate(self._per_s)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-            breaking.cancel()
+            self._over = True  # a fault in the middle of which it ends would leave a node half restarted
             (ended,) = await asyncio.gather(breaking, return_exceptions=True)
-            if not isinstance(ended, asyncio.CancelledError):
+            if ended is not None:
                 self.unexplained.append(f"nothing was broken any more after: {ended!r}")
             await self._mend_all()
             if self._tasks:
@@ -220,7 +221,7 @@ class Soak:
             self._spoil_engine,
             self._slow_door,
         ]
-        while True:
+        while not self._over:
             await asyncio.sleep(self._rng.uniform(1.0, 5.0))
             fault = self._rng.choice(faults)
             name = fault.__name__.strip("_")
@@ -344,7 +345,7 @@ class Soak:
                 self._meet(self.proxies[1])
             for proxy in self.proxies:
                 await asyncio.wait_for(self.mesh.until_ready(proxy, *self.workers), 60)
-        except (AssertionError, TimeoutError) as error:
+        except (AssertionError, TimeoutError, aiohttp.ClientError) as error:
             self.unexplained.append(f"not well a minute after the last fault: {error}")
             return
         await asyncio.sleep(GRACE_S)
