@@ -177,8 +177,6 @@ def show(results: Json) -> None:
     console = Console(width=max(150, Console().width))
     for table in (cost_table(results), latency_table(results), share_table(results)):
         console.print(table)
-    if not results["machine"].get("python_optimized", True):
-        console.print("note: .venv's Python was built without --enable-optimizations, which costs ours a seventh: PYTHON=… scripts/setup")
     for name, reason in results["missing"].items():
         console.print(f"missing: {name}: {reason}", markup=False)
     for label, figures, met in targets(results):
