@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
-from mesh.apikey import KeyRole
 from mesh.documents import ENDPOINT_KIND
 from mesh.errors import InvalidRequest, RateLimited
 from mesh.link.link import Link
 from mesh.prompts import PromptPage, PromptQuery, ask
-from mesh.usage import MESH_PROJECT
 from proxy.app import Routes
 from proxy.endpoints import Endpoints, Keeper
 from proxy.gate import Gate
@@ -38,8 +36,7 @@ class EndpointRoutes:
 
     async def list(self, request: web.BaseRequest, request_id: str) -> web.Response:
         key = self._gate.authenticate(request.headers.get("Authorization"))
-        project = None if key.project == MESH_PROJECT and key.has_role(KeyRole.ADMIN) else key.project
-        listed = self._endpoints.describe(project, self._keeper.held_documents(ENDPOINT_KIND), self._ready())
+        listed = self._endpoints.describe(self._gate.project(key), self._keeper.held_documents(ENDPOINT_KIND), self._ready())
         return web.json_response({"endpoints": listed}, headers={"x-request-id": request_id})
 
 
@@ -61,7 +58,7 @@ class PromptRoutes:
         key = self._gate.authenticate(request.headers.get("Authorization"))
         asked, headers = request.query, {"x-request-id": request_id}
         project = asked.get("project", key.project)
-        if project != key.project and not (key.project == MESH_PROJECT and key.has_role(KeyRole.ADMIN)):
+        if self._gate.project(key) not in (None, project):
             raise InvalidRequest(f"This key may look at the project '{key.project}' alone", param="project")
         if "node" not in asked:
             nodes = sorted(node.hex() for node in (self._own, *self._proxies()))

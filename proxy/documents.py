@@ -1,7 +1,7 @@
 """Documents over HTTP: how operators write them into the mesh and read them back.
 
 What authorizes a write is the document's own signature, not an API key: whoever may sign for the mesh may post from anywhere, and a proxy
-adds nothing to what was signed. Reading takes the role viewer.
+adds nothing to what was signed. Reading takes the role viewer, and a key sees the documents of the mesh and of its own project.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mesh.errors import (
 )
 from mesh.trust import Trust
 from proxy.app import Routes
+from proxy.gate import Gate
 
 log = structlog.get_logger(__name__)
 
@@ -57,10 +58,11 @@ class Keeper(Protocol):
 
 
 class DocumentRoutes:
-    """The handlers. ``trust`` verifies what is posted."""
+    """The handlers. ``trust`` verifies what is posted, ``gate`` the keys of those who read."""
 
-    def __init__(self, keeper: Keeper, trust: Trust, *, clock: Clock) -> None:
+    def __init__(self, keeper: Keeper, trust: Trust, gate: Gate, *, clock: Clock) -> None:
         self._keeper = keeper
+        self._gate = gate
         self._trust = trust
         self._clock = clock
         self._posting = 0
@@ -110,7 +112,9 @@ class DocumentRoutes:
 
     async def list(self, request: web.BaseRequest, request_id: str) -> web.Response:
         """The newest version of each that is held here; ``?kind=`` chooses."""
-        held = self._keeper.held_documents(request.query.get("kind", ""))
+        held = [
+            document for document in self._keeper.held_documents(request.query.get("kind", "")) if self._shows(request, document.project)
+        ]
         listed = [_about(document) for document in sorted(held, key=lambda item: (item.kind, item.project, item.name))]
         return web.json_response({"documents": listed}, headers={"x-request-id": request_id})
 
@@ -118,6 +122,8 @@ class DocumentRoutes:
         """One document: JSON, or with ``Accept: application/octet-stream`` the signed bytes. ``?project=``, ``?seq=``, ``?history=1``."""
         kind, _, name = request.path.removeprefix(PATH + "/").partition("/")
         project = request.query.get("project", "")
+        if not self._shows(request, project):
+            raise DocumentNotFound(f"There is no document {kind[:32]}/{name[:128]} that this key may read")
         if request.query.get("history"):
             return await self._history(kind, name, project, request_id)
         document = await self._keeper.get_document(kind, name, project=project, seq=_seq(request))
@@ -133,6 +139,10 @@ class DocumentRoutes:
         versions = await self._keeper.document_history(kind, name, project=project)
         listed = [{"seq": version.seq, "digest": version.digest.hex(), "issued": version.issued} for version in versions]
         return web.json_response({"kind": kind, "name": name, "versions": listed}, headers={"x-request-id": request_id})
+
+    def _shows(self, request: web.BaseRequest, project: str) -> bool:
+        """Whether the key may read documents of a project; those of the mesh all may."""
+        return not project or self._gate.project(self._gate.authenticate(request.headers.get("Authorization"))) in (None, project)
 
     def routes(self) -> Routes:
         return {PATH: {"POST": self.post, "GET": self.list}, PATH + "/": {"GET": self.get}}

@@ -22,6 +22,7 @@ from mesh.errors import (
 from mesh.freshness import NEVER_STALE, Freshness
 from mesh.revocations import RevocationList
 from mesh.trust import Trust
+from mesh.usage import MESH_PROJECT
 
 _INVOKER = KeyRole.INVOKER
 
@@ -114,3 +115,7 @@ class Gate:
         """Raises `KeyNotAllowed` unless the key holds the role or is an admin's."""
         if not key.has_role(role) and not key.has_role(KeyRole.ADMIN):
             raise KeyNotAllowed(f"This API key lacks the role '{role}'")
+
+    def project(self, key: ApiKey) -> str | None:
+        """The one project whose matters the key may look at; None for those of all, which an admin of the mesh itself may."""
+        return None if key.project == MESH_PROJECT and key.has_role(KeyRole.ADMIN) else key.project

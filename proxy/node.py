@@ -110,7 +110,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     explainer = Explainer(fleet, directory, views, identity=identity, clock=clock, wants=node.neighbours.wants, sharing=limits.sharing)
     metrics.registry.register(LimitsCollector(limits))
     metrics.registry.register(GateCollector(gate))
-    documents = DocumentRoutes(directory, identity.trust, clock=clock)
+    documents = DocumentRoutes(directory, identity.trust, gate, clock=clock)
     ledger = Ledger(config.state_dir / LEDGER_FILE, sign=signer(identity, clock), clock=clock, keep_s=config.keep_receipts_s)
     metrics.registry.register(LedgerCollector(ledger))
     explainer.more = lambda: look_at(ledger)

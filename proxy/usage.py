@@ -26,7 +26,7 @@ from mesh.ledger import START, Page, Query
 from mesh.link.link import Link
 from mesh.prices import PriceList, parse_prices
 from mesh.records import Record
-from mesh.usage import MESH_PROJECT, Fetch, Summary, Survey
+from mesh.usage import Fetch, Summary, Survey
 from proxy.app import Routes
 from proxy.documents import Keeper
 from proxy.gate import Gate
@@ -164,7 +164,7 @@ class UsageRoutes:
 
     def _visible_project(self, key: ApiKey, wanted: str | None) -> str | None:
         """The one project whose receipts may be shown, None for all: those are for an admin of the mesh itself."""
-        if key.project == MESH_PROJECT and key.has_role(KeyRole.ADMIN):
+        if self._gate.project(key) is None:
             return wanted
         if wanted not in (None, key.project):
             raise InvalidRequest(f"This key may look at the project '{key.project}' alone", param="project")

@@ -24,22 +24,26 @@ OWN_PROJECT = "mesh"
 """An operator's commands make themselves a key for the few calls they make, of this project."""
 
 
-def operator_settings(authority: Authority, home: Path, *, url: str | None, api_key: str | None = None) -> ClientSettings:
-    """Where the mesh is, as for any client; the key is made on the spot where none is given: an operator can."""
+def operator_settings(
+    authority: Authority, home: Path, *, url: str | None, api_key: str | None = None, project: str = ""
+) -> ClientSettings:
+    """Where the mesh is, as for any client; the key is made on the spot where none is given: an operator can.
+
+    ``project`` is whose matters it is for, where who signs here may not look at all projects'.
+    """
     now = time.time()
     if not api_key and not os.environ.get("MESH_API_KEY"):
-        api_key = authority.mint_key(_own_claims(authority.signer(now=now).scope, now=now))
+        api_key = authority.mint_key(_own_claims(authority.signer(now=now).scope, project, now=now))
     return resolve(home, url=url, api_key=api_key, environ=os.environ)
 
 
-def _own_claims(bounds: Scope, *, now: float) -> ApiKey:
+def _own_claims(bounds: Scope, project: str, *, now: float) -> ApiKey:
     """For a moment, as much as whoever signs it may give."""
     roles = frozenset[str]({KeyRole.VIEWER, KeyRole.ADMIN})
-    anywhere = bounds.projects is None or OWN_PROJECT in bounds.projects
     begins = now - 30
     return ApiKey(
         id=os.urandom(8),
-        project=OWN_PROJECT if anywhere or not bounds.projects else min(bounds.projects),
+        project=_own_project(bounds, project),
         roles=roles if bounds.roles is None else roles & bounds.roles,
         not_before=begins,
         expires=begins + min(OWN_KEY_S, bounds.ttl_s or OWN_KEY_S),
@@ -52,6 +56,16 @@ def _own_claims(bounds: Scope, *, now: float) -> ApiKey:
         tokens_per_day=bounds.tokens_per_day,
         budget=bounds.budget,
     )
+
+
+def _own_project(bounds: Scope, about: str) -> str:
+    """The one whose admin sees all projects, if whoever signs may make that key; else the one that the call is about."""
+    allowed = bounds.projects
+    if (allowed is None or OWN_PROJECT in allowed) and (bounds.roles is None or KeyRole.ADMIN in bounds.roles):
+        return OWN_PROJECT
+    if about and (allowed is None or about in allowed):
+        return about
+    return OWN_PROJECT if allowed is None else min(allowed, default=OWN_PROJECT)
 
 
 async def read_document(client: Client, authority: Authority, kind: str, name: str, *, project: str = "") -> Document | None:

@@ -232,7 +232,7 @@ def _write(
     change: Callable[[Document | None], bytes],
     as_json: bool,
 ) -> None:
-    settings = _settings(authority, home, url, api_key)
+    settings = _settings(authority, home, url, api_key, project)
 
     async def put() -> tuple[Document, dict[str, Any]]:
         async with Client(settings) as client:
@@ -251,10 +251,10 @@ def _write(
     note(f'version {document.seq}, on its way to every proxy; keys of the project call it as model="{name}"')
 
 
-def _settings(authority: Authority, home: Path, url: str | None, api_key: str | None) -> ClientSettings:
+def _settings(authority: Authority, home: Path, url: str | None, api_key: str | None, project: str = "") -> ClientSettings:
     """The key that reads what there is. A deployer whose issuer makes none for viewers uses what was given or stored."""
     with suppress(UsageError, TrustError):
-        return operator_settings(authority, home, url=url, api_key=api_key)
+        return operator_settings(authority, home, url=url, api_key=api_key, project=project)
     return resolve(home, url=url, api_key=api_key, environ=os.environ)
 
 

@@ -123,7 +123,7 @@ def set_limits(
     async def main(client: Client, authority: Authority) -> tuple[Document, dict[str, Any]]:
         return await change_document(client, authority, KIND, name, change, project=owner)
 
-    document, answer = _run(home, url, main)
+    document, answer = _run(home, url, main, project=owner)
     found = parse_limits(document.body)
     if as_json:
         print_json({"name": name, "project": owner, "seq": document.seq, "holders": answer.get("holders"), "limits": found.describe()})
@@ -150,7 +150,7 @@ def get_limits(project: str | None, default: bool, model: str | None, own: bool,
         wanted = [(OWN_NAME, project)]
     elif model:
         wanted = [(MODELS_NAME, "")]
-    found = _run(home, url, lambda client, authority: _read(client, authority, wanted))
+    found = _run(home, url, lambda client, authority: _read(client, authority, wanted), project=project or "")
     if project and (project_name(project), "") in found:
         found.pop((DEFAULT_NAME, ""), None)
     _show(found, as_json, model)
@@ -221,11 +221,11 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _run(home: Path, url: str | None, main: Callable[[Client, Authority], Awaitable[T]]) -> T:
+def _run(home: Path, url: str | None, main: Callable[[Client, Authority], Awaitable[T]], *, project: str = "") -> T:
     authority = open_mesh(home / "mesh")
 
     async def call() -> T:
-        async with Client(operator_settings(authority, home, url=url)) as client:
+        async with Client(operator_settings(authority, home, url=url, project=project)) as client:
             return await main(client, authority)
 
     return asyncio.run(call())

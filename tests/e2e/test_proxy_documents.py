@@ -71,13 +71,22 @@ async def test_what_is_posted_can_be_read_back_as_it_was_signed(http: aiohttp.Cl
     assert [version["seq"] for version in body["versions"]] == [2, 1]
 
 
-async def test_documents_of_a_project_are_apart(http: aiohttp.ClientSession, front: Front) -> None:
+async def test_documents_of_a_project_are_apart_and_its_own_matter(http: aiohttp.ClientSession, front: Front) -> None:
+    def bearer(project: str, role: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {front.key(project=project, roles=frozenset({role}))}"}
+
     await posted(http, front, write().signed)
     await posted(http, front, write(project="search", body=b"theirs").signed)
-    _, body = await read(http, front, f"{PATH}/limits/default?project=search")
-    assert base64.b64decode(body["body"]) == b"theirs"
-    _, body = await read(http, front, f"{PATH}?kind=limits")
-    assert [entry["project"] for entry in body["documents"]] == ["", "search"]
+    for may in (bearer("search", "viewer"), bearer("mesh", "admin")):
+        _, body = await read(http, front, f"{PATH}/limits/default?project=search", **may)
+        assert base64.b64decode(body["body"]) == b"theirs"
+        _, body = await read(http, front, f"{PATH}?kind=limits", **may)
+        assert [entry["project"] for entry in body["documents"]] == ["", "search"]
+    for may_not in (bearer("p", "viewer"), bearer("p", "admin"), bearer("mesh", "viewer")):
+        for query in ("", "&history=1", "&seq=1"):
+            assert (await read(http, front, f"{PATH}/limits/default?project=search{query}", **may_not))[0] == 404
+        _, body = await read(http, front, f"{PATH}?kind=limits", **may_not)
+        assert [entry["project"] for entry in body["documents"]] == [""]
     assert (await read(http, front, f"{PATH}?kind=other"))[1] == {"documents": []}
     assert (await read(http, front, f"{PATH}/limits/other"))[0] == 404
     assert (await read(http, front, f"{PATH}/limits/default?seq=x"))[0] == 400

@@ -220,7 +220,7 @@ class Front:
             clock=self.clock,
         )
         orders = Orders(self.fleet, proxies, cordon, trust, clock=self.clock)
-        documents = DocumentRoutes(self.shelf, trust, clock=self.clock)
+        documents = DocumentRoutes(self.shelf, trust, Gate(self.mesh.trust(), clock=self.clock), clock=self.clock)
         deployments = EndpointRoutes(self.endpoints, Gate(self.mesh.trust(), clock=self.clock), keeper=self.shelf, ready=self._ready)
         kept = PromptRoutes(self.prompts, Gate(self.mesh.trust(), clock=self.clock), own=identity.node_id, proxies=dict)
         return {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes(), **kept.routes()}
