@@ -6,10 +6,17 @@ admin may do what a viewer or deployer may; only calling a model takes the role 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
+
+from aiohttp import web
 
 from mesh.apikey import KeyRole
 from proxy.openai import TASKS
+
+Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
+Routes = Mapping[str, Mapping[str, Handler]]
+"""Handlers by path and method; a path that ends with a slash takes all below it."""
 
 
 class Access(StrEnum):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import structlog
 from aiohttp import web
@@ -15,7 +15,7 @@ from aiohttp import web
 from mesh.apikey import ApiKey
 from mesh.errors import MeshError, MethodNotAllowed, ModelNotFound, RouteNotFound
 from proxy import openapi
-from proxy.access import ROLES, Access, access_of
+from proxy.access import ROLES, Access, Handler, Routes, access_of
 from proxy.endpoints import Endpoints
 from proxy.explain import Explainer
 from proxy.gate import Gate
@@ -26,10 +26,6 @@ from proxy.respond import error_response
 from proxy.views import Views
 
 log = structlog.get_logger(__name__)
-
-Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]
-Routes = Mapping[str, Mapping[str, Handler]]
-"""Handlers by path and method; a path that ends with a slash takes all below it."""
 
 
 class App:

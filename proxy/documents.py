@@ -28,7 +28,7 @@ from mesh.errors import (
     TrustError,
 )
 from mesh.trust import Trust
-from proxy.app import Routes
+from proxy.access import Routes
 from proxy.gate import Gate
 
 log = structlog.get_logger(__name__)

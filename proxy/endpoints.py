@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
+from aiohttp import web
 
 from mesh.apikey import ApiKey
 from mesh.documents import ENDPOINT_KIND, Document
@@ -22,9 +23,13 @@ from mesh.endpoints import NAME, Catalogue
 from mesh.envelope import signer_of
 from mesh.errors import MalformedEnvelope, MeshError
 from mesh.trust import Trust
+from proxy.access import Routes
+from proxy.gate import Gate
 from proxy.openai import Call
 
 log = structlog.get_logger(__name__)
+
+PATH = "/mesh/v1/endpoints"
 
 LOOK_S = 2.0
 LOOK_AGAIN_S = 15.0
@@ -123,3 +128,21 @@ class Endpoints:
                 about |= {"seq": document.seq, "issued": document.issued, "signer": signer}
             listed.append(endpoint.describe() | about)
         return listed
+
+
+class EndpointRoutes:
+    """The handlers. What is shown is the key's project's; an admin of the mesh itself sees all."""
+
+    def __init__(self, endpoints: Endpoints, gate: Gate, *, keeper: Keeper, ready: Callable[[], set[str]]) -> None:
+        self._endpoints = endpoints
+        self._gate = gate
+        self._keeper = keeper
+        self._ready = ready
+
+    def routes(self) -> Routes:
+        return {PATH: {"GET": self.list}}
+
+    async def list(self, request: web.BaseRequest, request_id: str) -> web.Response:
+        key = self._gate.authenticate(request.headers.get("Authorization"))
+        listed = self._endpoints.describe(self._gate.project(key), self._keeper.held_documents(ENDPOINT_KIND), self._ready())
+        return web.json_response({"endpoints": listed}, headers={"x-request-id": request_id})

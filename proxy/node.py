@@ -25,9 +25,8 @@ from mesh.runtime import announce
 from mesh.trust import Role
 from proxy.app import App
 from proxy.config import ProxyConfig
-from proxy.deployments import EndpointRoutes, PromptRoutes
 from proxy.documents import DocumentRoutes
-from proxy.endpoints import Endpoints
+from proxy.endpoints import EndpointRoutes, Endpoints
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
@@ -43,6 +42,7 @@ from proxy.peers import ByRole, Proxies
 from proxy.processes import run_processes
 from proxy.prompts.keeper import FILE as PROMPTS_FILE
 from proxy.prompts.keeper import Prompts, PromptsCollector
+from proxy.prompts.routes import PromptRoutes
 from proxy.server import HttpServer
 from proxy.usage import UsageRoutes, held_prices
 from proxy.views import Views
@@ -130,9 +130,9 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     endpoints.on_change = limits.renew
     prompts = proxies.prompts = Prompts(config.state_dir / PROMPTS_FILE, clock=clock)
     metrics.registry.register(PromptsCollector(prompts))
-    deployments = EndpointRoutes(endpoints, gate, keeper=directory, ready=views.ready_models)
+    listed = EndpointRoutes(endpoints, gate, keeper=directory, ready=views.ready_models)
     kept = PromptRoutes(prompts, gate, own=identity.node_id, proxies=lambda: {id: proxy.link for id, proxy in proxies.linked.items()})
-    routes = {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes(), **kept.routes()}
+    routes = {**documents.routes(), **orders.routes(), **usage.routes(), **listed.routes(), **kept.routes()}
     inference = Inference(
         config,
         gate=gate,

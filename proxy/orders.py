@@ -20,7 +20,7 @@ from mesh.link.frames import Frame
 from mesh.link.link import Link
 from mesh.orders import MAX_ORDER_BYTES, Order, parse_order
 from mesh.trust import Trust
-from proxy.app import Routes
+from proxy.access import Routes
 from proxy.fleet import Fleet
 from proxy.peers import Proxies
 

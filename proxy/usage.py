@@ -27,7 +27,7 @@ from mesh.link.link import Link
 from mesh.prices import PriceList, parse_prices
 from mesh.records import Record
 from mesh.usage import Fetch, Summary, Survey
-from proxy.app import Routes
+from proxy.access import Routes
 from proxy.documents import Keeper
 from proxy.gate import Gate
 

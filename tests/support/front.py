@@ -25,11 +25,11 @@ from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.records import Capability, ModelEntry, Record, State
 from mesh.trust import Role
-from proxy.app import App, Routes
+from proxy.access import Routes
+from proxy.app import App
 from proxy.config import ProxyConfig
-from proxy.deployments import EndpointRoutes, PromptRoutes
 from proxy.documents import DocumentRoutes
-from proxy.endpoints import Endpoints
+from proxy.endpoints import EndpointRoutes, Endpoints
 from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
@@ -40,6 +40,7 @@ from proxy.metrics import Metrics
 from proxy.orders import Orders
 from proxy.peers import Proxies
 from proxy.prompts.keeper import Prompts
+from proxy.prompts.routes import PromptRoutes
 from proxy.server import HttpServer
 from proxy.usage import UsageRoutes
 from proxy.views import Views
@@ -221,9 +222,9 @@ class Front:
         )
         orders = Orders(self.fleet, proxies, cordon, trust, clock=self.clock)
         documents = DocumentRoutes(self.shelf, trust, Gate(self.mesh.trust(), clock=self.clock), clock=self.clock)
-        deployments = EndpointRoutes(self.endpoints, Gate(self.mesh.trust(), clock=self.clock), keeper=self.shelf, ready=self._ready)
+        listed = EndpointRoutes(self.endpoints, Gate(self.mesh.trust(), clock=self.clock), keeper=self.shelf, ready=self._ready)
         kept = PromptRoutes(self.prompts, Gate(self.mesh.trust(), clock=self.clock), own=identity.node_id, proxies=dict)
-        return {**documents.routes(), **orders.routes(), **usage.routes(), **deployments.routes(), **kept.routes()}
+        return {**documents.routes(), **orders.routes(), **usage.routes(), **listed.routes(), **kept.routes()}
 
     async def __aenter__(self) -> Front:
         self.port = await self.server.start()

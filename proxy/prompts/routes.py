@@ -1,4 +1,4 @@
-"""Endpoints over HTTP: what there is, for those who may look; and what was kept of prompts, sealed, for those who deploy."""
+"""What was kept of prompts, sealed, over HTTP: for those who deploy."""
 
 from __future__ import annotations
 
@@ -7,37 +7,16 @@ from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
-from mesh.documents import ENDPOINT_KIND
 from mesh.errors import InvalidRequest, RateLimited
 from mesh.link.link import Link
 from mesh.prompts import PromptPage, PromptQuery, ask
-from proxy.app import Routes
-from proxy.endpoints import Endpoints, Keeper
+from proxy.access import Routes
 from proxy.gate import Gate
 from proxy.prompts.keeper import Prompts
 from proxy.usage import read_hex, read_number
 
-PATH = "/mesh/v1/endpoints"
-PROMPTS_PATH = "/mesh/v1/prompts"
+PATH = "/mesh/v1/prompts"
 PAGES_AT_ONCE = 8
-
-
-class EndpointRoutes:
-    """The handlers. What is shown is the key's project's; an admin of the mesh itself sees all."""
-
-    def __init__(self, endpoints: Endpoints, gate: Gate, *, keeper: Keeper, ready: Callable[[], set[str]]) -> None:
-        self._endpoints = endpoints
-        self._gate = gate
-        self._keeper = keeper
-        self._ready = ready
-
-    def routes(self) -> Routes:
-        return {PATH: {"GET": self.list}}
-
-    async def list(self, request: web.BaseRequest, request_id: str) -> web.Response:
-        key = self._gate.authenticate(request.headers.get("Authorization"))
-        listed = self._endpoints.describe(self._gate.project(key), self._keeper.held_documents(ENDPOINT_KIND), self._ready())
-        return web.json_response({"endpoints": listed}, headers={"x-request-id": request_id})
 
 
 class PromptRoutes:
@@ -51,7 +30,7 @@ class PromptRoutes:
         self._pages = 0
 
     def routes(self) -> Routes:
-        return {PROMPTS_PATH: {"GET": self.read}}
+        return {PATH: {"GET": self.read}}
 
     async def read(self, request: web.BaseRequest, request_id: str) -> web.Response:
         """Without ``?node=``: which proxies there are to ask. With it, a page of what it has of ``endpoint``."""
