@@ -51,6 +51,8 @@ MAX_PROOFS = 16
 
 SLOT_MS = 100
 """As long as commits are apart: shorter ones make more packs of a commit, longer ones more work of a page."""
+CACHE_KIB = 512
+"""Of the file's pages, for each of two connections. What is written is not read again soon, and SQLite's own 2 MiB fill within the hour."""
 FORMAT = 3
 """Of the file. No release has written another one."""
 _SCHEMA = """
@@ -261,11 +263,13 @@ class _Store:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             if self._db.execute("PRAGMA user_version").fetchone()[0] not in (0, FORMAT) or _has_table(self._db, "receipts"):
                 raise sqlite3.DatabaseError("another version of Infermesh wrote it")
             self._db.executescript(f"{_SCHEMA} PRAGMA user_version = {FORMAT};")
             self._read = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._read.execute("PRAGMA query_only = ON")
+            self._read.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             self._load()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import gc
 import json
@@ -37,6 +38,7 @@ SWITCH_S = 0.0005
 """A thread that computes may keep the event loop waiting for so long; Python's default is 5 ms, a quarter of a token's time."""
 GC_YOUNG = 20_000
 """Container objects made and not freed before the collector looks at the young ones; Python's default is 700."""
+TRIM_EVERY_S = 60.0
 CLOSING_S = 5.0
 """On top of the drain deadline: for closing sockets and files once the work is done."""
 NODE_FILE = "node.json"
@@ -134,7 +136,7 @@ async def _supervise(main: Main, config: NodeConfig) -> int:
         loop.add_signal_handler(number, _on_signal, number, stop)
     work = asyncio.ensure_future(main(stop))
     stopping = asyncio.create_task(stop.wait())
-    preempted = asyncio.create_task(_stop_when_preempted(config, stop))
+    aside = (asyncio.create_task(_stop_when_preempted(config, stop)), asyncio.create_task(_trim()))
     deadline_s = config.drain_s + CLOSING_S
     try:
         await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -145,10 +147,18 @@ async def _supervise(main: Main, config: NodeConfig) -> int:
         log.error("node.drain_deadline", after_s=deadline_s)
         return 1
     finally:
-        for task in (stopping, preempted, work):
+        for task in (stopping, *aside, work):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await asyncio.wait_for(work, CLOSING_S)
+
+
+async def _trim() -> None:
+    """Have the C library give back what was freed, now and then: by itself glibc keeps it for the thread that had it. Elsewhere nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    while trim is not None:
+        await asyncio.sleep(TRIM_EVERY_S)
+        trim(0)
 
 
 async def _stop_when_preempted(config: NodeConfig, stop: Stop) -> None:
