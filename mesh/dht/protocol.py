@@ -12,7 +12,7 @@ FIND_VALUE  [key, rank after which to go on, contacts wanted,   [contacts, recor
             tags of the records in hand, parts wanted]          in parts
 STORE       [[keys], remaining ms, base, record or patch]       [[verdicts], [nodes known nearer to each key than this one]]
 WATCH       [[keys], lease ms]                                  [lease ms]
-PULSE       [n, proof]                                          [verdict]
+PULSE       [n, proof, first bytes of at most 4 keys]           [verdict, [nodes known nearer to each key than this one]]
 NOTICE      [remaining ms, record]                              none
 PROOF       [] and the cookie                                   none
 =========== =================================================== ==========================================================
@@ -44,6 +44,7 @@ from mesh.pulse import MAX_PULSE, NO_PULSE, PULSE_BYTES, Pulse
 from mesh.records import MAX_RECORD_BYTES
 
 MAX_KEYS = 4
+KEY_START_BYTES = 2
 _CONTACTS_WITH_RECORDS = 8
 _RECORDS_FRAME_BYTES = 48
 _FEW_RECORDS = 8
@@ -222,11 +223,19 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
     def rpc_pulse(self, request: Request) -> list[list[Any]]:
         """Of the record that the asker itself placed here last: "still so"."""
-        pulse = _pulse(*_fields(request, 2))
+        n, proof, starts = _fields(request, 3)
+        pulse = _pulse(n, proof)
+        if not isinstance(starts, bytes) or len(starts) > MAX_KEYS * KEY_START_BYTES:
+            raise MalformedEnvelope("bad pulse")
         request.require_proof()
         verdict = self.storage.keep(request.node_id, pulse, now=self.clock.monotonic(), wall=self.time.now())
         self.counts.add(f"store_{verdict.name.lower()}")
-        return [[int(verdict)]]
+        held = self.storage.held(request.node_id)
+        if verdict is not Verdict.ACCEPTED or held is None:
+            return [[int(verdict), []]]
+        keys = {key[:KEY_START_BYTES]: key for key in held.keys}
+        asked = [keys.get(starts[at : at + KEY_START_BYTES]) for at in range(0, len(starts), KEY_START_BYTES)]
+        return [[int(verdict), [0 if key is None else self._nearer_known(key, request.node_id) for key in asked]]]
 
     def rpc_watch(self, request: Request) -> list[list[Any]]:
         keys, lease_ms = _fields(request, 2)

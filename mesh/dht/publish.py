@@ -25,7 +25,7 @@ from mesh.dht.config import DirectoryConfig
 from mesh.dht.keys import MAX_LEVEL, indexes, shard_of
 from mesh.dht.patch import base_of, encode_patch
 from mesh.dht.peers import PeerMemory
-from mesh.dht.protocol import EMPTY, MeshProtocol, Op
+from mesh.dht.protocol import EMPTY, KEY_START_BYTES, MeshProtocol, Op
 from mesh.dht.routing import Contact
 from mesh.dht.rpc import Reply
 from mesh.dht.storage import Verdict, ends_sooner, is_material
@@ -113,6 +113,8 @@ class Publisher:
         self._places: dict[bytes, _Place] = {}
         self._indexes: dict[tuple[str, str], _Index] = {}
         self._record: Record | None = None
+        self._sending: Record | None = None
+        """What the last round began with: an earlier round gives way to it."""
         self._base: Record | None = None
         """What all holders were given last, if nobody has missed it."""
         self._given: OrderedDict[bytes, bytes] = OrderedDict()
@@ -162,6 +164,7 @@ class Publisher:
             pulse = self._pulse()
         if not pulse.n:
             self._base = record
+        self._sending = record
         self._hold(record, pulse)
         self._sent_at = self._clock.monotonic()
         enough: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -213,7 +216,7 @@ class Publisher:
 
     async def _publish_deeper(self, record: Record, deeper: list[_Index]) -> dict[bytes, int]:
         accepted: dict[bytes, int] = {}
-        while deeper and self._record is record:
+        while deeper and self._sending is record:
             places = [self._place(index, record) for index in deeper]
             await self._settle(places)
             accepted |= await self._store(record, places)
@@ -324,7 +327,7 @@ class Publisher:
         until = self._clock.monotonic() + patience_s
         waiting = set[asyncio.Task[None]]()
         for contact, theirs in by_holder.values():
-            if self._record is not None and self._record.order > record.order:
+            if self._sending is not record:
                 break  # a newer one is under way
             for some in _chunks(theirs):
                 task = self._tasks.start(store_at(contact, some), name="directory store")
@@ -362,12 +365,16 @@ class Publisher:
 
     async def _keep(self, contact: Contact, places: list[_Place], accepted: dict[bytes, int], pulse: Pulse) -> bool:
         """A pulse instead of a record; False if the holder should rather be sent one."""
-        reply = await self._protocol.request(contact.address, Op.PULSE, msgpack.packb(pulse), node_id=contact.id)
-        if reply is None or reply.bodies[:1] != [[Verdict.ACCEPTED]] or self._base is None:
+        starts = b"".join(place.key[:KEY_START_BYTES] for place in places)
+        reply = await self._protocol.request(contact.address, Op.PULSE, msgpack.packb([*pulse, starts]), node_id=contact.id)
+        nearer = _read_pulse_reply(reply, len(places))
+        if nearer is None or self._base is None:
             return False
-        for place in places:
+        for place, others in zip(places, nearer, strict=True):
             self._note_holder(place, contact, self._base)
             accepted[place.key] += 1
+            if others > self._config.holders + self._config.spares:
+                place.walk_at = float("-inf")
         return True
 
     def _note_holder(self, place: _Place, contact: Contact, record: Record) -> None:
@@ -434,6 +441,16 @@ def _in_turn(due: list[list[tuple[Contact, _Place]]]) -> Iterator[tuple[Contact,
 
 def _chunks(places: list[_Place]) -> list[list[_Place]]:
     return [places[at : at + _KEYS_PER_STORE] for at in range(0, len(places), _KEYS_PER_STORE)]
+
+
+def _read_pulse_reply(reply: Reply | None, count: int) -> list[int] | None:
+    """How many nodes it knows nearer to each key, if it has kept the record."""
+    if reply is None or not reply.bodies or len(reply.bodies[0]) != 2:
+        return None
+    verdict, nearer = reply.bodies[0]
+    if verdict != Verdict.ACCEPTED or not isinstance(nearer, list) or len(nearer) != count:
+        return None
+    return nearer if all(type(others) is int for others in nearer) else None
 
 
 def _read_store_reply(reply: Reply | None, count: int) -> tuple[list[Verdict | None], list[int]]:

@@ -211,7 +211,7 @@ async def storm(swarm: Swarm, *, each: int) -> Counter[str]:
     assert await attacker.publish() >= 2
     before[attacker.node_id] = (attacker.boot_ms, attacker.seq)
     for at in range(each):
-        body = msgpack.packb([1 + at % MAX_PULSE, rng.randbytes(PULSE_BYTES)])
+        body = msgpack.packb([1 + at % MAX_PULSE, rng.randbytes(PULSE_BYTES), b""])
         reply = await protocol.request(address.address, Op.PULSE, body, node_id=victim.node_id)
         verdicts[f"made-up pulse: {Verdict(reply.bodies[0][0]).name if reply is not None else 'no answer'}"] += 1
     assert not any("ACCEPTED" in verdict or "WITHDRAWN" in verdict for verdict in verdicts), verdicts
