@@ -37,6 +37,7 @@ _KEYS_PER_STORE = 2
 _MAX_GIVEN = 256
 _REFRESH_SHARE = 0.5
 _TRY_UP_S = 300.0
+_YOUNG_S = 30.0
 _UNHURRIED_WALKS = 5
 """In a large mesh walks are so many times rarer: who stands nearer is heard of from holders."""
 _GOOD = (Verdict.ACCEPTED, Verdict.WITHDRAWN)
@@ -121,6 +122,7 @@ class Publisher:
         self._sent_at = float("-inf")
         self._called_at = float("-inf")
         self._accepted = 0
+        self._calm_at = float("inf")
         self.unhurried = False
         """Whether a record that says nothing new may wait until a good part of its life has passed: set in a large mesh."""
 
@@ -160,7 +162,7 @@ class Publisher:
         if former is None or is_material(former, record):
             for place in self._places.values():
                 place.rounds = 0  # news goes to every holder
-        elif self.unhurried:
+        elif self._is_calm():
             pulse = self._pulse()
         if not pulse.n:
             self._base = record
@@ -186,10 +188,14 @@ class Publisher:
             return NO_PULSE
         return self._make_pulse(base, n)
 
+    def _is_calm(self) -> bool:
+        """In a large mesh, but not while a key is new: its holders are found one round after the other then."""
+        return self.unhurried and self._clock.monotonic() >= self._calm_at
+
     def _may_wait(self, record: Record, pause_s: float) -> bool:
         """In a large mesh, while the next refresh will still come before half the life of the last is over."""
         elapsed_s = self._clock.monotonic() - self._sent_at
-        return self.unhurried and elapsed_s + pause_s <= _REFRESH_SHARE * (record.expires - record.issued)
+        return self._is_calm() and elapsed_s + pause_s <= _REFRESH_SHARE * (record.expires - record.issued)
 
     async def _publish(self, record: Record, pulse: Pulse, enough: asyncio.Future[int] | None) -> int:
         """All of it; with a pulse, that goes to the holders instead of the record.
@@ -257,6 +263,8 @@ class Publisher:
     async def _settle(self, places: list[_Place]) -> None:
         """Give each place holders: those we know of, or else those a walk finds."""
         most = self._config.holders + self._config.spares
+        if not all(place.holders for place in places):
+            self._calm_at = self._clock.monotonic() + _YOUNG_S
         for place in places:
             if not place.holders and (guessed := self._guess(place.key, most)):
                 place.holders = {contact.id: contact for contact in guessed}
