@@ -239,7 +239,9 @@ class DhtNode:
         self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None, known: Iterable[Record] = ()
     ) -> Outcome:
         """One look-up; ``known`` are records under the key that need not be fetched again."""
-        crawl = Crawl(self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width, known=known)
+        crawl = Crawl(
+            self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width, known=known, sparing=self.is_large
+        )
         outcome = await crawl.run(self.seeds(key), timeout_s=timeout_s)
         self._nearest[key] = outcome.nearest[: self.config.k]
         self._nearest.move_to_end(key)
