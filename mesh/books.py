@@ -6,23 +6,20 @@ linked with and the asker is not. Who among people may see which receipts is dec
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgpack
-import structlog
 
 from mesh.claims import read_bool, read_bytes, read_int, read_str
-from mesh.errors import InvalidRequest, MalformedEnvelope, MeshError, Overloaded, ProtocolError, UpstreamTimeout
+from mesh.errors import InvalidRequest, MalformedEnvelope, ProtocolError
 from mesh.ledger import PAGE_BYTES, PAGE_RECEIPTS, START, Ledger, Order, Page, Query
-from mesh.link.link import IncomingStream, Link
+from mesh.link import questions
+from mesh.link.link import Link
+from mesh.link.questions import Questions
 from mesh.receipts import MAX_PROOF_BYTES
 
-log = structlog.get_logger(__name__)
-
 TASK = "receipts"
-ANSWER_S = 10.0
 ANSWERS_AT_ONCE = 16
 _FAR = 1 << 62
 
@@ -90,57 +87,18 @@ def parse_page(data: bytes) -> tuple[bytes, ...]:
     return receipts
 
 
-class Answer:
-    """Implements `mesh.link.link.StreamSink`: gathers one page. ``data`` is what has come, ``done`` END's fields or what went wrong."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.done: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-
-    def on_accepted(self) -> None:
-        pass
-
-    def on_progress(self, info: dict[str, Any]) -> None:
-        pass
-
-    def on_head(self, head: dict[str, Any]) -> None:
-        pass
-
-    def on_data(self, data: bytes) -> None:
-        self.data += data  # bounded by the stream's first credit: none is given back
-
-    def on_end(self, trailer: dict[str, Any]) -> None:
-        if not self.done.done():
-            self.done.set_result(trailer)
-
-    def on_error(self, error: MeshError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-    def page(self, trailer: Mapping[str, Any]) -> Page:
-        """Raises `ProtocolError`."""
-        try:
-            more, last = read_bool(trailer, "more"), read_int(trailer, "last", default=0)
-        except MalformedEnvelope as error:
-            raise ProtocolError(f"bad end of a page: {error.message}") from None
-        return Page(receipts=parse_page(bytes(self.data)), more=more, last=last)
+def _page(data: bytes, trailer: Mapping[str, Any]) -> Page:
+    """Raises `ProtocolError`."""
+    try:
+        more, last = read_bool(trailer, "more"), read_int(trailer, "last", default=0)
+    except MalformedEnvelope as error:
+        raise ProtocolError(f"bad end of a page: {error.message}") from None
+    return Page(receipts=parse_page(data), more=more, last=last)
 
 
 async def ask(link: Link, query: Query, *, node: bytes = b"") -> Page:
     """A page of a peer's receipts, or of those of a ``node`` that the peer is linked with. Raises a `MeshError`."""
-    answer = Answer()
-    stream = link.open(encode_query(query, node), answer)
-    stream.end()
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            trailer = await answer.done
-    except TimeoutError:
-        raise UpstreamTimeout(f"no receipts within {ANSWER_S:.0f} s") from None
-    finally:
-        stream.cancel()
-        if answer.done.done() and not answer.done.cancelled():
-            answer.done.exception()
-    return answer.page(trailer)
+    return _page(*await questions.ask(link, encode_query(query, node), about=TASK))
 
 
 class Books:
@@ -149,35 +107,12 @@ class Books:
     def __init__(self, ledger: Ledger, *, link_of: Callable[[bytes], Link | None] = lambda node: None) -> None:
         self._ledger = ledger
         self._link_of = link_of
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.questions = Questions(self._answer, about=TASK, at_once=ANSWERS_AT_ONCE)
+        self.open, self.stop = self.questions.open, self.questions.stop
 
-    def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
-        """A proxy asks: answer in a task of its own."""
-        if len(self._tasks) >= ANSWERS_AT_ONCE:
-            stream.fail(Overloaded("too many questions for receipts at once", retry_after_s=1.0))
-            return
-        task = asyncio.create_task(self._answer(stream, head))
-        stream.on_cancel = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def stop(self) -> None:
-        """End whatever is still being answered."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _answer(self, stream: IncomingStream, head: dict[str, Any]) -> None:
-        try:
-            query, node = parse_query(head)
-            page = await self.page(query, node)
-            await stream.send(encode_page(page.receipts))
-            stream.end({"more": page.more, "last": page.last})
-        except MeshError as error:
-            stream.fail(error)
-        except Exception:
-            log.exception("receipts.crashed")
-            stream.fail(ProtocolError("the receipts could not be read"))
+    async def _answer(self, head: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        page = await self.page(*parse_query(head))
+        return encode_page(page.receipts), {"more": page.more, "last": page.last}
 
     async def page(self, query: Query, node: bytes = b"") -> Page:
         """This node's own, or a linked one's. Raises a `MeshError`."""

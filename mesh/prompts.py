@@ -7,7 +7,6 @@ pass it on. The context binds a record to its project, endpoint and request, so 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,13 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
-from mesh.books import Answer
 from mesh.claims import read_bool, read_bytes, read_int, read_str
 from mesh.documents import MAX_PROJECT_CHARS
-from mesh.errors import BadSignature, MalformedEnvelope, ProtocolError, UpstreamTimeout
+from mesh.errors import BadSignature, MalformedEnvelope, ProtocolError
+from mesh.link import questions
 from mesh.link.link import Link
 
 TASK = "prompts"
-ANSWER_S = 10.0
 MAX_SEALED_BYTES = 100 * 1024
 PAGE_BYTES = 128 * 1024
 """What one answer holds at most; a link's stream takes it without waiting for credit."""
@@ -133,16 +131,4 @@ def parse_page(data: bytes, trailer: Mapping[str, Any]) -> PromptPage:
 
 async def ask(link: Link, query: PromptQuery) -> PromptPage:
     """A page of a linked proxy's records. Raises a `MeshError`."""
-    answer = Answer()
-    stream = link.open(encode_query(query), answer)
-    stream.end()
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            trailer = await answer.done
-    except TimeoutError:
-        raise UpstreamTimeout(f"no prompts within {ANSWER_S:.0f} s") from None
-    finally:
-        stream.cancel()
-        if answer.done.done() and not answer.done.cancelled():
-            answer.done.exception()
-    return parse_page(bytes(answer.data), trailer)
+    return parse_page(*await questions.ask(link, encode_query(query), about=TASK))

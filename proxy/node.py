@@ -115,7 +115,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     metrics.registry.register(LedgerCollector(ledger))
     explainer.more = lambda: look_at(ledger)
     orders = Orders(fleet, proxies, cordon, identity.trust, clock=clock)
-    books = proxies.books = Books(ledger, link_of=fleet.link_of)
+    books = Books(ledger, link_of=fleet.link_of)
     usage = UsageRoutes(
         books,
         gate,
@@ -128,7 +128,8 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     )
     endpoints = Endpoints()
     endpoints.on_change = limits.renew
-    prompts = proxies.prompts = Prompts(config.state_dir / PROMPTS_FILE, clock=clock)
+    prompts = Prompts(config.state_dir / PROMPTS_FILE, clock=clock)
+    proxies.questions = {asked.about: asked for asked in (books.questions, prompts.questions)}
     metrics.registry.register(PromptsCollector(prompts))
     listed = EndpointRoutes(endpoints, gate, keeper=directory, ready=views.ready_models)
     kept = PromptRoutes(prompts, gate, own=identity.node_id, proxies=lambda: {id: proxy.link for id, proxy in proxies.linked.items()})

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mesh import books, prompts
-from mesh.books import Books
 from mesh.errors import InvalidRequest, ProtocolError
 from mesh.link.frames import Frame
 from mesh.link.link import IncomingStream, Link
 from mesh.link.peers import PeersOwner
+from mesh.link.questions import Questions
 from mesh.records import Record, State
 from mesh.trust import Role
 
@@ -79,20 +78,14 @@ class Proxy:
         return self.record.state == State.READY and not self.link.draining
 
 
-class Answers(Protocol):
-    """What is asked of `proxy.prompts.keeper.Prompts`."""
-
-    def open(self, stream: IncomingStream, head: dict[str, Any]) -> None: ...
-
-
 class Proxies:
     """Implements `mesh.link.peers.PeersOwner` for a proxy's links to other proxies."""
 
     def __init__(self, *, on_record: Callable[[Record], None]) -> None:
         self.linked: dict[bytes, Proxy] = {}
         self.on_order: Callable[[Link, dict[str, Any]], None] = lambda link, fields: None
-        self.books: Books | None = None
-        self.prompts: Answers | None = None
+        self.questions: dict[str, Questions] = {}
+        """What they may ask this one, by OPEN's task."""
         self.limits: Limits | None = None
         self._on_record = on_record
 
@@ -143,10 +136,9 @@ class Proxies:
             self.limits.serves(proxy.record.node_id, proxy.serving)
 
     def on_open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
-        if self.books is not None and head.get("task") == books.TASK:
-            self.books.open(stream, head)
-            return
-        if self.prompts is not None and head.get("task") == prompts.TASK:
-            self.prompts.open(stream, head)
-            return
-        stream.fail(InvalidRequest("a proxy serves no requests of other proxies"))
+        task = head.get("task")
+        questions = self.questions.get(task) if isinstance(task, str) else None
+        if questions is not None:
+            questions.open(stream, head)
+        else:
+            stream.fail(InvalidRequest("a proxy serves no requests of other proxies"))

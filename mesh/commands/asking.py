@@ -21,7 +21,8 @@ from mesh.apikey import KeyRole, read_key
 from mesh.authority import open_mesh
 from mesh.client import Client, ClientSettings, resolve
 from mesh.commands.documents import operator_settings
-from mesh.commands.shared import Duration, F, home_option, note
+from mesh.commands.shared import Duration, F, note
+from mesh.commands.user import access_options
 from mesh.errors import ApiError, TrustError, UsageError
 from mesh.ledger import START, Page, Query
 from mesh.prices import PriceList, parse_prices
@@ -31,14 +32,8 @@ RECEIPTS_PATH = "/mesh/v1/receipts"
 
 
 def ask_options(command: F) -> F:
-    for decorate in (
-        home_option,
-        click.option("--api-key", metavar="KEY", help="The API key.  (MESH_API_KEY, else what `mesh init` stored)"),
-        click.option("--url", metavar="URL", help="The proxy's base URL.  (MESH_URL, else what `mesh init` stored)"),
-        click.option("--all", "whole_mesh", is_flag=True, help="Every project's, as the operator: needs the mesh's folder in --home."),
-    ):
-        command = decorate(command)
-    return command
+    whole = click.option("--all", "whole_mesh", is_flag=True, help="Every project's, as the operator: needs the mesh's folder in --home.")
+    return whole(access_options(command))
 
 
 class Day(click.ParamType[float]):

@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from mesh.apikey import read_key
 from mesh.authority import Authority, open_mesh
 from mesh.client import Client, ClientSettings, resolve
+from mesh.commands.asking import operates
 from mesh.commands.documents import OWN_PROJECT, change_document, operator_settings
-from mesh.commands.limits import COLUMNS, amount_options
+from mesh.commands.limits import COLUMNS, amount_options, read_amounts
 from mesh.commands.prompts import load_prompt_key
-from mesh.commands.shared import Duration, F, MeshCommand, json_option, note, print_json, print_table, run
+from mesh.commands.shared import Duration, F, MeshCommand, json_option, note, print_json, print_table, run, short
 from mesh.commands.user import access_options, get, objects
 from mesh.documents import ENDPOINT_KIND, MAX_PROJECT_CHARS, Document
 from mesh.endpoints import (
@@ -94,7 +95,7 @@ def create(
 ) -> None:
     """Make an endpoint: keys of its project call it as they call a model, by its name. Limits hold beside all others."""
     authority, owner = _signing(home), _project(project, home, api_key)
-    fresh = _changed(Endpoint(project=owner, name=_name(name), model=_model(model)), content)
+    fresh = _changed(Endpoint(project=owner, name=_name(name), model=short("--model", model, MAX_MODEL_CHARS)), content)
 
     def change(former: Document | None) -> bytes:
         if former is not None and parse_endpoint(former) is not None:
@@ -132,7 +133,9 @@ def set_endpoint(
             raise UsageError(f"the project '{owner}' has no endpoint '{name}': `mesh endpoint create` makes one")
         if unknown_fields(former.body):
             raise UsageError("this endpoint says more than this version of mesh knows of: change it with a newer one")
-        return encode_endpoint(_changed(found if model is None else replace(found, model=_model(model)), content))
+        return encode_endpoint(
+            _changed(found if model is None else replace(found, model=short("--model", model, MAX_MODEL_CHARS)), content)
+        )
 
     _write(authority, home, url, api_key, owner, _name(name), change, as_json)
 
@@ -215,7 +218,7 @@ def _prompts(entry: dict[str, Any]) -> str:
 
 
 def _read(home: Path, url: str | None, api_key: str | None) -> list[dict[str, Any]]:
-    if _operates(home, api_key):
+    if operates(home, api_key):
         settings = _settings(open_mesh(home / "mesh"), home, url, api_key)
     else:
         settings = resolve(home, url=url, api_key=api_key, environ=os.environ)
@@ -269,11 +272,6 @@ def _signing(home: Path) -> Authority:
     return open_mesh(home / "mesh")
 
 
-def _operates(home: Path, api_key: str | None) -> bool:
-    """Whether this is a machine that signs for the mesh, and no key says otherwise."""
-    return not api_key and not os.environ.get("MESH_API_KEY") and (home / "mesh" / "mesh.json").exists()
-
-
 def _project(project: str | None, home: Path, api_key: str | None) -> str:
     """What was said, or the project of the key in use. Raises `UsageError`."""
     if project is None:
@@ -281,9 +279,7 @@ def _project(project: str | None, home: Path, api_key: str | None) -> str:
             project = read_key(resolve(home, url="http://localhost", api_key=api_key, environ=os.environ).api_key).project
     if project is None or project == OWN_PROJECT:
         raise UsageError("whose endpoint? --project P")
-    if not (0 < len(project) <= MAX_PROJECT_CHARS and project.isprintable()):
-        raise UsageError(f"--project: 1 to {MAX_PROJECT_CHARS} printable characters")
-    return project
+    return short("--project", project, MAX_PROJECT_CHARS)
 
 
 def _name(name: str) -> str:
@@ -292,18 +288,9 @@ def _name(name: str) -> str:
     return name
 
 
-def _model(model: str) -> str:
-    if not (0 < len(model) <= MAX_MODEL_CHARS and model.isprintable()):
-        raise UsageError(f"--model: 1 to {MAX_MODEL_CHARS} printable characters")
-    return model
-
-
 def _changed(former: Endpoint, content: dict[str, Any]) -> Endpoint:
     """With what the options say. Raises `UsageError`."""
-    limits = {name: None if value < 0 else value for name in COLUMNS if (value := content.get(name)) is not None}
-    if (burst := limits.get("burst_s")) is not None and burst < 0.1:
-        raise UsageError("--burst: at least 0.1")
-    changed = replace(former, limit=replace(former.limit, **limits), recording=_recording(former.recording, content))
+    changed = replace(former, limit=replace(former.limit, **read_amounts(content)), recording=_recording(former.recording, content))
     if (timeout_s := content.get("timeout")) is not None:
         if timeout_s * 1000 > MAX_TIMEOUT_MS:
             raise UsageError("--timeout: at most 1d")

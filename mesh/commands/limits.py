@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ import click
 from mesh.authority import Authority, open_mesh
 from mesh.client import Client
 from mesh.commands.documents import change_document, operator_settings, read_document
-from mesh.commands.shared import F, MeshCommand, home_option, json_option, note, print_json, print_table
+from mesh.commands.shared import F, MeshCommand, home_option, json_option, note, print_json, print_table, short
 from mesh.commands.user import cell, objects
 from mesh.documents import MAX_PROJECT_CHARS, Document
 from mesh.errors import UsageError
@@ -73,6 +73,14 @@ def amount_options(command: F) -> F:
     return command
 
 
+def read_amounts(options: Mapping[str, Any]) -> dict[str, float | None]:
+    """What `amount_options` name, and nothing else; None takes a limit away. Raises `UsageError`."""
+    amounts = {name: None if value < 0 else value for name in COLUMNS if (value := options.get(name)) is not None}
+    if (burst := amounts.get("burst_s")) is not None and burst < 0.1:
+        raise UsageError("--burst: at least 0.1")
+    return amounts
+
+
 def url_option(command: F) -> F:
     return click.option("--url", metavar="URL", help="A proxy's base URL.  (MESH_URL, else what `mesh init` stored)")(command)
 
@@ -103,13 +111,11 @@ def set_limits(
     What is not limited is free: a mesh begins without limits. A limit of 0 lets nothing pass.
     """
     name, owner = _document(project, default=default, model=model, own=own)
-    changes = {field: None if value is not None and value < 0 else value for field, value in amounts.items() if value is not None}
+    changes = read_amounts(amounts)
     if not changes:
         raise UsageError(
             "say which limit to change: --rps N, --tps N, --concurrency N, --tokens-per-day N, --money-per-month N or --burst N"
         )
-    if (burst := changes.get("burst_s")) is not None and burst < 0.1:
-        raise UsageError("--burst: at least 0.1")
     if name == MODELS_NAME and model is None:
         raise UsageError("for whom? --project P, --default or --model M")
 
@@ -176,10 +182,10 @@ def _document(project: str | None, *, default: bool, model: str | None, own: boo
         raise UsageError("either --project P or --default")
     if own and not project:
         raise UsageError("--own goes with --project P")
-    if project is not None and not (0 < len(project) <= MAX_PROJECT_CHARS and project.isprintable()):
-        raise UsageError(f"--project: 1 to {MAX_PROJECT_CHARS} printable characters")
-    if model is not None and not (0 < len(model) <= 256 and model.isprintable()):
-        raise UsageError("--model: 1 to 256 printable characters")
+    if project is not None:
+        short("--project", project, MAX_PROJECT_CHARS)
+    if model is not None:
+        short("--model", model, 256)
     if project:
         return (OWN_NAME, project) if own else (project_name(project), "")
     return (DEFAULT_NAME, "") if default else (MODELS_NAME, "")

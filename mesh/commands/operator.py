@@ -15,7 +15,7 @@ from mesh.address import parse_address
 from mesh.apikey import ApiKey, KeyRole, read_key, verify_key
 from mesh.authority import Authority, create_mesh, open_mesh
 from mesh.commands.keylife import claims_of, revoke, revoke_invite, revoked_here, rotate
-from mesh.commands.shared import Duration, MeshCommand, ago, day, home_option, json_option, note, print_json, print_table
+from mesh.commands.shared import Duration, MeshCommand, ago, day, home_option, json_option, note, print_json, print_table, short
 from mesh.envelope import read_unverified
 from mesh.errors import ConfigError, MeshError, UsageError
 from mesh.invite import parse_token
@@ -141,13 +141,13 @@ def create_key(
 
     claims = ApiKey(
         id=os.urandom(8),
-        project=_short("--project", project),
+        project=short("--project", project),
         roles=frozenset(role),
         not_before=now,
         expires=now + lifetime_s,
-        models=frozenset(_short("--model", name, 256) for name in model) or bounds.models,
-        endpoints=frozenset(_short("--endpoint", name, 256) for name in endpoint) or bounds.endpoints,
-        region=_short("--region", region) if region else None,
+        models=frozenset(short("--model", name, 256) for name in model) or bounds.models,
+        endpoints=frozenset(short("--endpoint", name, 256) for name in endpoint) or bounds.endpoints,
+        region=short("--region", region) if region else None,
         rps=fitted(rps, bounds.rps),
         tps=fitted(tps, bounds.tps),
         concurrency=fitted(concurrency, bounds.concurrency),
@@ -235,9 +235,3 @@ def _bootstraps(authority: Authority, home: Path) -> tuple[str, ...]:
     if running is None:
         raise ConfigError("where will nodes enrol? start `mesh-bootstrap` here first, or name its address: --bootstrap HOST:PORT")
     return tuple(str(address) for address in running["addresses"])
-
-
-def _short(flag: str, text: str, most: int = 64) -> str:
-    if not text or len(text) > most or not text.isprintable():
-        raise UsageError(f"{flag}: 1 to {most} printable characters")
-    return text

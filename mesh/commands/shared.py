@@ -85,6 +85,13 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def short(flag: str, text: str, most: int = 64) -> str:
+    """A name as it may be given. Raises `UsageError`."""
+    if not text or len(text) > most or not text.isprintable():
+        raise UsageError(f"{flag}: 1 to {most} printable characters")
+    return text
+
+
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run what asks the mesh. Ctrl-C ends the command with 130, as shells expect."""
     try:

@@ -22,9 +22,9 @@ from prometheus_client.registry import Collector
 
 from mesh.clock import Clock
 from mesh.endpoints import Endpoint
-from mesh.errors import MeshError, Overloaded, ProtocolError
-from mesh.link.link import IncomingStream
-from mesh.prompts import Kept, PromptPage, PromptQuery, encode_page, parse_query, seal_record
+from mesh.errors import Overloaded
+from mesh.link.questions import Questions
+from mesh.prompts import TASK, Kept, PromptPage, PromptQuery, encode_page, parse_query, seal_record
 from proxy.prompts.record import MAX_BODY_BYTES, make_record
 from proxy.prompts.store import PromptStore, Record
 from proxy.prompts.watched import Watched
@@ -71,7 +71,7 @@ class Prompts:
         self._held = self._held_bytes = 0
         self._due: asyncio.TimerHandle | None = None
         self._closed = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.questions = Questions(self._answer, about=TASK, at_once=ANSWERS_AT_ONCE)
 
     async def run(self) -> None:
         """A task for the life of the process: forget what is over."""
@@ -90,9 +90,7 @@ class Prompts:
         self._closed = True
         if self._waiting:
             self._hand_over()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.questions.stop()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
         if self._store is not None:
             self._store.close()
@@ -184,26 +182,10 @@ class Prompts:
         except (sqlite3.Error, OSError):
             raise Overloaded("What this proxy has kept of prompts cannot be read right now", retry_after_s=5.0) from None
 
-    def open(self, stream: IncomingStream, head: dict[str, Any]) -> None:
-        """Another proxy asks: answer in a task of its own. What it gets is sealed."""
-        if len(self._tasks) >= ANSWERS_AT_ONCE:
-            stream.fail(Overloaded("too many questions for prompts at once", retry_after_s=1.0))
-            return
-        task = asyncio.create_task(self._answer(stream, head))
-        stream.on_cancel = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self, stream: IncomingStream, head: dict[str, Any]) -> None:
-        try:
-            page = await self.page(parse_query(head))
-            await stream.send(encode_page(page.kept))
-            stream.end({"more": page.more, "last": page.last})
-        except MeshError as error:
-            stream.fail(error)
-        except Exception:
-            log.exception("prompts.crashed")
-            stream.fail(ProtocolError("the prompts could not be read"))
+    async def _answer(self, head: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        """For another proxy. What it gets is sealed."""
+        page = await self.page(parse_query(head))
+        return encode_page(page.kept), {"more": page.more, "last": page.last}
 
 
 class PromptsCollector(Collector):

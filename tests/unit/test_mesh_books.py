@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh import books as module
 from mesh.books import Books, ask, encode_page, encode_query, parse_page, parse_query
 from mesh.errors import MeshError, ProtocolError, UpstreamTimeout
 from mesh.ledger import Ledger, Query
+from mesh.link import questions
 from mesh.receipts import encode_receipt, parse_receipt
 from mesh.trust import Role
 from tests.support.authority import make_mesh
@@ -74,7 +74,7 @@ async def test_a_node_that_is_not_linked_cannot_be_asked_through_this_one(pair: 
 
 
 async def test_a_node_that_does_not_answer_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(questions, "ANSWER_S", 0.05)
     pair.bob_owner.on_stream = lambda stream, head: None
     with pytest.raises(UpstreamTimeout):
         await pumped(pair, ask(pair.alice, Query()))
