@@ -160,9 +160,37 @@ def encode_receipt(receipt: Receipt) -> bytes:
     return pack_receipt(fields)
 
 
-def pack_receipt(fields: Mapping[str, Any]) -> bytes:
+def pack_receipt(fields: Mapping[str, Any] | Slip) -> bytes:
     """For who writes the fields by their short names: see PROTOCOL.md."""
     return _pack(fields)
+
+
+class Slip(msgspec.Struct, omit_defaults=True, gc=False, rename={"prompt": "in"}):
+    """A call's receipt by its short names, as a proxy fills it in with every request: half the time of a dictionary."""
+
+    id: str
+    n: int
+    at: int
+    px: bool
+    p: str
+    key: bytes
+    t: str
+    ms: int
+    done: int
+    m: str
+    ep: str = ""
+    st: str = ""
+    fin: bool = False
+    own: bool = False
+    peer: bytes = b""
+    ev: int = 0
+    b: int = 0
+    first: int = 0
+    prompt: int = 0
+    cached: int = 0
+    out: int = 0
+    think: int = 0
+    base: int = 0
 
 
 def parse_receipt(data: bytes) -> Receipt:

@@ -106,6 +106,7 @@ def settle(copies: Sequence[Copy], *, answered: frozenset[bytes] = frozenset(), 
     attempts: dict[int, list[Copy]] = {}
     for copy in copies:
         attempts.setdefault(copy.receipt.attempt, []).append(copy)
+    last = _sides(0, attempts.pop(0)).proxy if len(attempts) > 1 and 0 in attempts else None
     sides = [_sides(attempt, attempts[attempt]) for attempt in sorted(attempts)]
     charges = [_charge(each, answered, now) for each in sides]
     _share_out(charges, sides)
@@ -115,6 +116,8 @@ def settle(copies: Sequence[Copy], *, answered: frozenset[bytes] = frozenset(), 
             charges[at] = replace(charge, prompt=0, cached=0)
         prompt_charged = prompt_charged or charge.prompt > 0
     charges[-1] = replace(charges[-1], ends=charges[-1].kind == Kind.CALL)
+    if last is not None:  # no worker went on with what the last attempt had begun: how that ended is said apart
+        charges[-1] = replace(charges[-1], status=last.receipt.status, took_ms=last.receipt.took_ms)
     return charges
 
 

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from mesh.claims import read_int
-from mesh.errors import InvalidRequest, MalformedEnvelope, MeshError, ProtocolError, UpstreamTimeout, WorkerLost
+from mesh.errors import InvalidRequest, MeshError, ProtocolError, UpstreamTimeout, WorkerLost
 from mesh.link.link import OutgoingStream
 from proxy.downstream import Downstream
 from proxy.fleet import Worker
@@ -263,10 +262,8 @@ class Attempt:
 
 def cached_of(trailer: Mapping[str, Any]) -> int:
     """Prompt tokens that the engine found cached; zero where a worker sent nonsense."""
-    try:
-        return read_int(trailer, "cached", default=0, high=10**9)
-    except MalformedEnvelope:
-        return 0
+    cached = trailer.get("cached", 0)
+    return cached if type(cached) is int and 0 <= cached <= MOST_TOKENS else 0
 
 
 def usage_of(trailer: Mapping[str, Any]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
@@ -201,7 +202,8 @@ class Inference:
                     worker.failed += 1
                     plan.failures.append((worker, error.code))
                 if downstream.started:
-                    avoid = await self._moves.lost(passage if downstream.is_stream else None, call, worker, error)
+                    note = partial(self.meter.lost, noted)
+                    avoid = await self._moves.lost(passage if downstream.is_stream else None, call, worker, error, note=note)
                     if isinstance(avoid, MeshError):
                         self._fleet.blame(plan.failures, answered=False)
                         raise _BrokenOff(avoid, downstream) from error

@@ -17,14 +17,13 @@ from mesh.apikey import ApiKey
 from mesh.doctor import Finding, Severity
 from mesh.errors import CapacityError, Overloaded, Rerouted
 from mesh.ledger import Ledger
-from mesh.receipts import MAX_TOKENS, Row, pack_receipt
+from mesh.receipts import MAX_TOKENS, Row, Slip, pack_receipt
 from proxy.downstream import Downstream
 from proxy.prompts.watched import Watched
 
 _NOT_TRIED = frozenset({Rerouted.code, Overloaded.code})
 """Attempts that ended so never reached an engine: no receipt of their own, unless the request ended with them."""
-_CLAIMED = ("in", "out", "cached", "think", "base")
-"""In a worker's END and in a receipt alike."""
+MAX_NAME = 256
 _CHAT = "chat"
 RETRY_AFTER_S = 5.0
 
@@ -32,11 +31,25 @@ RETRY_AFTER_S = 5.0
 class Attempted:
     """One attempt, as it goes. ``begin`` it, then set ``status`` and ``trailer`` as they come, and ``end`` it."""
 
-    __slots__ = ("_downstream", "_pieces", "_sent", "final", "first_at", "noted", "number", "pieces", "sent", "status", "trailer", "worker")
+    __slots__ = (
+        "_downstream",
+        "_pieces",
+        "_sent",
+        "final",
+        "first_at",
+        "noted",
+        "number",
+        "pieces",
+        "sent",
+        "status",
+        "trailer",
+        "worker",
+        "written",
+    )
 
     def __init__(self, noted: Noted, number: int, worker: bytes, downstream: Downstream) -> None:
         self.noted = noted
-        self.final = False
+        self.final = self.written = False
         self.number = number
         self.worker = worker
         self.status = "cancelled"
@@ -91,39 +104,50 @@ class Noted:
     def row_of(self, attempted: Attempted | None) -> Row:
         """The receipt of an attempt; of a request that came to none, of the request.
 
-        Written by its short names: making a `Receipt` first would take twice the time, and this runs in the proxy.
+        Written by its short names: making a `Receipt` first would take three times as long, and this runs in the proxy.
         """
-        key, took_ms = self.key, round(self.took_s * 1000)
+        key, at, model, took_ms = self.key, self.at, self.model, int(self.took_s * 1000 + 0.5)
         assert key is not None
-        at = self.at
-        fields: dict[str, Any] = {"id": self.id, "n": 0, "at": at, "px": True, "p": key.project, "key": key.id, "t": self.task}
-        fields["ms"], fields["done"] = took_ms, at + took_ms
-        if self.model:
-            fields["m"] = _printable(self.model)
-        if self.endpoint:
-            fields["ep"] = self.endpoint
+        if not model.isprintable() or len(model) > MAX_NAME:
+            model = _printable(model)
+        slip = Slip(self.id, 0, at, True, key.project, key.id, self.task, took_ms, at + took_ms, model, self.endpoint)
         status = self.status
-        if attempted is None or attempted.final:
-            fields["fin"] = True
+        if attempted is None:
+            slip.fin = True
+            if self.notes:  # they have receipts of their own, by which it is charged
+                slip.peer, slip.own, slip.out = self.notes[-1].worker, True, sum(note.pieces for note in self.notes)
         else:
-            status = attempted.status
-        if status != "ok":
-            fields["st"] = status
-        if attempted is not None:
-            fields["n"], fields["peer"] = attempted.number, attempted.worker
+            slip.n, slip.peer = attempted.number, attempted.worker
+            if attempted.final:
+                slip.fin = True
+            else:
+                status = attempted.status
             if attempted.first_at is not None:
-                fields["ev"], fields["b"] = attempted.pieces, attempted.sent
-                fields["first"] = max(0, round((attempted.first_at - self.started) * 1000))
+                slip.ev, slip.b = attempted.pieces, attempted.sent
+                slip.first = max(0, int((attempted.first_at - self.started) * 1000 + 0.5))
             if attempted.trailer is None:
                 opening = 1 if self.task == _CHAT else 0  # a chat's first event names the role and holds no token
-                fields["own"], fields["out"] = True, max(0, attempted.pieces - opening)
+                slip.own, slip.out = True, max(0, attempted.pieces - opening)
             else:
-                claimed = attempted.trailer.get
-                for name in _CLAIMED:
-                    count = claimed(name)
-                    if count and type(count) is int and 0 < count <= MAX_TOKENS:  # what is nonsense counts as nothing
-                        fields[name] = count
-        return (at, pack_receipt(fields))
+                _take_claims(slip, attempted.trailer)
+        if status != "ok":
+            slip.st = status
+        return (at, pack_receipt(slip))
+
+
+def _take_claims(slip: Slip, trailer: Mapping[str, Any]) -> None:
+    """A worker's END says these by the same names as a receipt. What is nonsense counts as nothing."""
+    claimed = trailer.get
+    if (count := claimed("in")) and type(count) is int and 0 < count <= MAX_TOKENS:
+        slip.prompt = count
+    if (count := claimed("out")) and type(count) is int and 0 < count <= MAX_TOKENS:
+        slip.out = count
+    if (count := claimed("cached")) and type(count) is int and 0 < count <= MAX_TOKENS:
+        slip.cached = count
+    if (count := claimed("think")) and type(count) is int and 0 < count <= MAX_TOKENS:
+        slip.think = count
+    if (count := claimed("base")) and type(count) is int and 0 < count <= MAX_TOKENS:
+        slip.base = count
 
 
 class Meter:
@@ -140,7 +164,7 @@ class Meter:
 
     def check(self) -> None:
         """Raises `CapacityError` while `full`."""
-        if self.full:
+        if self._ledger is not None and self._ledger.full:
             raise CapacityError("This proxy cannot write down what requests use right now; try again shortly", retry_after_s=RETRY_AFTER_S)
 
     def open(self, request_id: str, task: str, started: float) -> Noted:
@@ -149,22 +173,41 @@ class Meter:
 
     def close(self, noted: Noted, status: str, ended: float) -> None:
         """The request is over. One whose key did not hold leaves nothing: strangers must not be able to fill a disk."""
-        attempts, noted.notes = noted.notes, []
-        if noted.key is None or self._ledger is None:
-            return
-        noted.status = status
-        noted.took_s = ended - noted.started
-        if not attempts:
-            self._ledger.add(noted)
-            return
-        final = attempts[-1]
-        for attempt in attempts[:-1]:
-            if attempt.status == "ok":
-                final = attempt
+        notes = noted.notes
+        if noted.key is not None and self._ledger is not None:
+            noted.status = status
+            noted.took_s = ended - noted.started
+            if notes and not notes[-1].written:
+                self._close(notes, self._ledger)
+            else:
+                self._ledger.add(noted)
+        noted.notes = []
+
+    def _close(self, notes: list[Attempted], ledger: Ledger) -> None:
+        final = notes[-1]
+        if len(notes) > 1:
+            final = next((note for note in reversed(notes) if note.status == "ok"), final)
+            for note in notes:
+                if note is not final:
+                    self._write(note, ledger)
         final.final = True
-        for attempt in attempts:
-            if attempt is final or attempt.status not in _NOT_TRIED:
-                self._ledger.add(attempt)
+        ledger.add(final)
+
+    def lost(self, noted: Noted) -> None:
+        """An answer that has begun lost its worker and may wait long for another: what was delivered is written down now.
+
+        If none is found, the end of the request has a receipt of its own (number 0).
+        """
+        if noted.key is not None and self._ledger is not None:
+            noted.took_s = time.monotonic() - noted.started
+            for note in noted.notes:
+                self._write(note, self._ledger)
+
+    def _write(self, note: Attempted, ledger: Ledger) -> None:
+        """An attempt that was not the request's last."""
+        if not note.written and note.status not in _NOT_TRIED:
+            note.written = True
+            ledger.add(note)
 
 
 def look_at(ledger: Ledger) -> list[Finding]:
@@ -197,4 +240,4 @@ class LedgerCollector(Collector):
 
 def _printable(text: str) -> str:
     """A client may name its model as it likes."""
-    return text[:256] if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text[:256])
+    return "".join(char if char.isprintable() else "?" for char in text[:MAX_NAME])

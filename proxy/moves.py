@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -116,13 +116,19 @@ class Moves:
         """For a request whose answer is to be followed."""
         return Passage(self, request_id) if self._enabled and call.stream else None
 
-    async def lost(self, passage: Passage | None, call: Call, worker: Worker, error: MeshError) -> frozenset[bytes] | MeshError:
-        """An answer that has begun lost its worker, or was not taken by one: whom to avoid from here on, or what to tell its client."""
+    async def lost(
+        self, passage: Passage | None, call: Call, worker: Worker, error: MeshError, *, note: Callable[[], None]
+    ) -> frozenset[bytes] | MeshError:
+        """An answer that has begun lost its worker, or was not taken by one: whom to avoid from here on, or what to tell its client.
+
+        ``note`` is called before another worker is looked for, which may take long: what was delivered is to be on disk by then.
+        """
         if passage is None or not isinstance(error, WorkerError | NotResumed | Overloaded | NoWorker):
             return error
         self._count(passage, call, worker, error)
         stuck = self._obstacle(passage, error)
         if stuck is None:
+            note()
             avoid = await self._others(passage, call, wait_s=0.0 if isinstance(error, NotResumed) else WAIT_S)
             if avoid is not None:
                 return avoid
