@@ -44,6 +44,8 @@ MAX_WAITING = 50_000
 FORGET_EVERY_S = 600.0
 FORGET_AT_ONCE = 200
 """Old packs dropped in one transaction, so that new receipts never wait long."""
+PACKS_AT_ONCE = 100
+"""Packs written by one statement."""
 PAGE_BYTES = 128 * 1024
 """What one answer holds at most; a link's stream takes it without waiting for credit."""
 PAGE_RECEIPTS = 2_000
@@ -296,19 +298,29 @@ class _Store:
         for at, body in rows:
             slots.setdefault(at // SLOT_MS, []).append(body)
         leaves, newest, db = list(self._leaves), self._newest, self._db
+        packs: list[Any] = []
+        for slot, bodies in slots.items():
+            newest += len(bodies)
+            leaves += map(leaf_hash, bodies)
+            packs += (newest, slot, _pack(bodies))
         batch = None
-        db.execute("BEGIN IMMEDIATE")
+        if leaves and (last or now - self._signed_at >= SIGN_EVERY_S):
+            batch = self._sign(self._number + 1, len(leaves), root_hash(leaves), self._previous)
+        forgetting = now - self._forgot_at >= FORGET_EVERY_S
+        # Each statement lets go of the interpreter's lock and must get it back from the event loop. One alone is a transaction by itself.
+        alone = not forgetting and batch is None and len(packs) <= 3 * PACKS_AT_ONCE
         try:
-            for slot, bodies in slots.items():
-                newest += len(bodies)
-                leaves += map(leaf_hash, bodies)
-                db.execute("INSERT INTO packs VALUES (?, ?, ?)", (newest, slot, _pack(bodies)))
-            if leaves and (last or now - self._signed_at >= SIGN_EVERY_S):
-                batch = self._sign(self._number + 1, len(leaves), root_hash(leaves), self._previous)
+            if not alone:
+                db.execute("BEGIN IMMEDIATE")
+            for at in range(0, len(packs), 3 * PACKS_AT_ONCE):
+                some = packs[at : at + 3 * PACKS_AT_ONCE]
+                db.execute(f"INSERT INTO packs VALUES {', '.join(['(?, ?, ?)'] * (len(some) // 3))}", some)
+            if batch is not None:
                 db.execute("INSERT INTO batches VALUES (?, ?, ?)", (self._number + 1, newest, batch))
-            if now - self._forgot_at >= FORGET_EVERY_S:
+            if forgetting:
                 self._forget(now)
-            db.execute("COMMIT")
+            if not alone:
+                db.execute("COMMIT")
         except BaseException:
             self._unsure = True
             if db.in_transaction:

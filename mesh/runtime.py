@@ -67,7 +67,7 @@ def file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _settle_memory() -> None:
+def settle_memory() -> None:
     """Keep the cycle collector off the request path.
 
     Reference counting frees what a request made; the collector is for the rare cycle. At Python's own thresholds it walks every
@@ -130,7 +130,7 @@ async def _supervise(main: Main, config: NodeConfig) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_unhandled)
     stop = Stop()
-    _settle_memory()
+    settle_memory()
     sys.setswitchinterval(SWITCH_S)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, stop)

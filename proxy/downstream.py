@@ -64,10 +64,11 @@ class Downstream:
         """Body bytes handed to the client so far."""
         return self._sent
 
-    def prepare(self, head: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+    def prepare(self, head: Mapping[str, Any], headers: str) -> None:
         """Take the worker's HEAD: ``status`` (200), ``type`` and, unless it is a stream of events, ``length``. Raises `ProtocolError`.
 
-        Nothing is written yet; the head leaves with the first byte of the body.
+        ``headers`` are lines of the response's head, each with its end. Nothing is written yet; the head leaves with the first byte of
+        the body.
         """
         status, content_type, length = head.get("status"), head.get("type"), head.get("length")
         if self._head or self.started:
@@ -99,9 +100,7 @@ class Downstream:
             told += "Connection: close\r\n"
         elif not http_1_1:
             told += "Connection: keep-alive\r\n"
-        for name, value in headers.items():
-            told += f"{name}: {value}\r\n"
-        self._head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n{told}\r\n".encode("ascii")
+        self._head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n{told}{headers}\r\n".encode("ascii")
 
     def write(self, data: bytes) -> None:
         """Pass on body bytes. Raises `ProtocolError` beyond the announced length."""

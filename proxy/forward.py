@@ -57,7 +57,7 @@ class Attempt:
         self,
         worker: Worker,
         downstream: Downstream,
-        headers: dict[str, str],
+        headers: str,
         *,
         loop: asyncio.AbstractEventLoop,
         now: float,
@@ -197,8 +197,8 @@ class Attempt:
                 return
             if self._passage is not None:
                 self._passage.begin(head)
-            self._headers["openai-processing-ms"] = str(round((self._loop.time() - self._started_at) * 1000))
-            self._downstream.prepare(head, self._headers)
+            took_ms = round((self._loop.time() - self._started_at) * 1000)
+            self._downstream.prepare(head, f"{self._headers}openai-processing-ms: {took_ms}\r\n")
         except ProtocolError as error:
             self.fail(error)
 

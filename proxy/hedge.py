@@ -39,7 +39,7 @@ class Lane(Downstream):
         super().__init__(client.request, client.transport, keep_alive=True)
         self._client = client
         self._claim = claim
-        self._held: tuple[Mapping[str, Any], Mapping[str, str]] | None = None
+        self._held: tuple[Mapping[str, Any], str] | None = None
         self._won = False
 
     @property
@@ -50,7 +50,7 @@ class Lane(Downstream):
     def bytes_sent(self) -> int:
         return self._client.bytes_sent
 
-    def prepare(self, head: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+    def prepare(self, head: Mapping[str, Any], headers: str) -> None:
         super().prepare(head, headers)  # for what it refuses
         self._held = head, headers
 

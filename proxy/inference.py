@@ -271,12 +271,11 @@ class Inference:
     async def _attempt(self, plan: Plan, worker: Worker, downstream: Downstream, request_id: str, key: ApiKey, noted: Noted) -> None:
         now = self._loop.time()
         call = plan.call
-        headers = {"x-request-id": request_id}
+        headers = f"x-request-id: {request_id}\r\n"
         if not key.roles.isdisjoint(_OPERATORS):
-            headers["x-mesh-worker"] = worker.node_id.hex()[:12]
-            headers["x-mesh-reason"] = plan.explain(now)
+            headers += f"x-mesh-worker: {worker.node_id.hex()[:12]}\r\nx-mesh-reason: {plan.explain(now)}\r\n"
         if plan.hold is not None:
-            headers |= plan.hold.headers()
+            headers += plan.hold.headers()
         attempt = Attempt(worker, downstream, headers, loop=self._loop, now=now, tokens=plan.tokens - plan.expected, passage=plan.passage)
         head: dict[str, Any] = {
             "id": request_id,

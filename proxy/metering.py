@@ -124,30 +124,26 @@ class Noted:
                 status = attempted.status
             if attempted.first_at is not None:
                 slip.ev, slip.b = attempted.pieces, attempted.sent
-                slip.first = max(0, int((attempted.first_at - self.started) * 1000 + 0.5))
-            if attempted.trailer is None:
+                slip.first = int((attempted.first_at - self.started) * 1000 + 0.5)
+            trailer = attempted.trailer
+            if trailer is None:
                 opening = 1 if self.task == _CHAT else 0  # a chat's first event names the role and holds no token
                 slip.own, slip.out = True, max(0, attempted.pieces - opening)
-            else:
-                _take_claims(slip, attempted.trailer)
+            else:  # a worker's END says these by the same names; what is nonsense counts as nothing
+                claimed = trailer.get
+                if (count := claimed("in")) and type(count) is int and 0 < count <= MAX_TOKENS:
+                    slip.prompt = count
+                if (count := claimed("out")) and type(count) is int and 0 < count <= MAX_TOKENS:
+                    slip.out = count
+                if (count := claimed("cached")) and type(count) is int and 0 < count <= MAX_TOKENS:
+                    slip.cached = count
+                if (count := claimed("think")) and type(count) is int and 0 < count <= MAX_TOKENS:
+                    slip.think = count
+                if (count := claimed("base")) and type(count) is int and 0 < count <= MAX_TOKENS:
+                    slip.base = count
         if status != "ok":
             slip.st = status
         return (at, pack_receipt(slip))
-
-
-def _take_claims(slip: Slip, trailer: Mapping[str, Any]) -> None:
-    """A worker's END says these by the same names as a receipt. What is nonsense counts as nothing."""
-    claimed = trailer.get
-    if (count := claimed("in")) and type(count) is int and 0 < count <= MAX_TOKENS:
-        slip.prompt = count
-    if (count := claimed("out")) and type(count) is int and 0 < count <= MAX_TOKENS:
-        slip.out = count
-    if (count := claimed("cached")) and type(count) is int and 0 < count <= MAX_TOKENS:
-        slip.cached = count
-    if (count := claimed("think")) and type(count) is int and 0 < count <= MAX_TOKENS:
-        slip.think = count
-    if (count := claimed("base")) and type(count) is int and 0 < count <= MAX_TOKENS:
-        slip.base = count
 
 
 class Meter:

@@ -85,7 +85,7 @@ class Limiter:
         self._clock = clock
         self._plans: dict[tuple[bytes, str, str, str], Plan] = {}
         self._stashes: dict[bytes, Stash] = {}
-        self._touched: list[Stash] = []
+        self._touched: list[Plan] = []
         self._active: dict[bytes, Stash] = {}
         self._buckets: dict[bytes, Bucket] = {}
         self._learned: dict[str, Learned] = {}
@@ -104,39 +104,46 @@ class Limiter:
         plan = self._plans.get((key.id, key.kid, key.project, call.parsed.model))
         if plan is None:
             plan = self._plan(key, call)
-        if not plan.ones and not plan.tokens and not plan.money:
+        if not plan.limited:
             return None
+        if not plan.listed:
+            plan.listed = True
+            self._touched.append(plan)
+        plan.calls += 1
         tokens = prompt = 0
         money = 0.0
         short = False
-        touched = self._touched
         for stash in plan.ones:
-            if not stash.wanted:
-                touched.append(stash)
-            stash.wanted += 1.0
-            if stash.balance < 1.0:
+            stash.balance = balance = stash.balance - 1.0
+            if balance < 0.0:
                 short = True
         if plan.tokens or plan.money:
             prompt, completion = _estimate(plan, call)
-            tokens = prompt + completion
+            plan.cost = tokens = prompt + completion
+            plan.wanted += tokens
             for stash in plan.tokens:
-                if not stash.wanted:
-                    touched.append(stash)
-                stash.wanted += tokens
-                stash.cost = tokens
-                if stash.balance < tokens:
+                stash.balance = balance = stash.balance - tokens
+                if balance < 0.0:
                     short = True
             if plan.money and plan.price is not None:
-                money = plan.price(prompt, completion, 0)
+                plan.money_cost = money = plan.price(prompt, completion, 0)
+                plan.money_wanted += money
                 for stash in plan.money:
-                    touched.append(stash)
-                    stash.wanted += money
-                    stash.cost = money
-                    if stash.balance < money:
+                    stash.balance = balance = stash.balance - money
+                    if balance < 0.0:
                         short = True
-        if short and not self._fetch(plan, tokens, money):
-            return WAIT
-        return self._take(plan, tokens, money, prompt, call)
+        if short:
+            self._put_back(plan, tokens, money)
+            if not self._fetch(plan, tokens, money):
+                return WAIT
+            return self._take(plan, tokens, money, prompt, call)
+        for stash in plan.slots:
+            stash.reserved += 1.0
+        for stash in plan.budgets:
+            stash.reserved += tokens
+        for stash in plan.money:
+            stash.reserved += money
+        return Hold(plan, tokens, money, prompt, len(call.body))
 
     async def wait(self, key: ApiKey, call: Call) -> Hold:
         """As `enter`, after asking the owners. Raises `RateLimited`, `QuotaSpent`."""
@@ -162,17 +169,17 @@ class Limiter:
                 stash.pending -= cost
         return self._take(plan, tokens, money, prompt, call)
 
+    def _put_back(self, plan: Plan, tokens: int, money: float) -> None:
+        """`enter` took it, and not everything was there."""
+        for stash, cost in _needs(plan, tokens, money):
+            stash.balance += cost
+            stash.cost = cost
+
     def _take(self, plan: Plan, tokens: int, money: float, prompt: int, call: Call) -> Hold:
-        for stash in plan.ones:
-            stash.balance -= 1.0
+        for stash, cost in _needs(plan, tokens, money):
+            stash.balance -= cost
             if stash.kind is not Kind.RATE:
-                stash.reserved += 1.0
-        for stash in plan.tokens:
-            stash.balance -= tokens
-            stash.reserved += tokens
-        for stash in plan.money:
-            stash.balance -= money
-            stash.reserved += money
+                stash.reserved += cost
         return Hold(plan, tokens, money, prompt, len(call.body))
 
     def _fetch(self, plan: Plan, tokens: int, money: float) -> bool:
@@ -360,7 +367,10 @@ class Limiter:
 
     def tick(self, now: float) -> None:
         """Ask for what is running out; twice a second give back what is idle, and beat; once a second report what budgets were used."""
-        touched, self._touched = self._touched, []
+        plans, self._touched = self._touched, []
+        touched: list[Stash] = []
+        for plan in plans:
+            plan.tell(touched)
         for stash in touched:
             self._active[stash.bucket] = stash
             stash.count(now)

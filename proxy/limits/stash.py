@@ -110,7 +110,8 @@ class Learned:
     def see(self, size_bytes: int, prompt: int, completion: int, sent_bytes: int) -> None:
         """A request was counted by an engine: the sizes of its body and answer, and their tokens."""
         if size_bytes and prompt:
-            self.tokens_per_byte += (min(2.0, prompt / size_bytes) - self.tokens_per_byte) / 20
+            per_byte = prompt / size_bytes
+            self.tokens_per_byte += ((per_byte if per_byte < 2.0 else 2.0) - self.tokens_per_byte) / 20
         self.completion += (completion - self.completion) / 20
         if completion and sent_bytes:
             self.bytes_per_token += (sent_bytes / completion - self.bytes_per_token) / 20
@@ -121,9 +122,29 @@ Price = Callable[[int, int, int], float]
 
 
 class Plan:
-    """The stashes that requests of one key for one model take from: one each, their tokens, their money."""
+    """The stashes that requests of one key for one model take from: one each, their tokens, their money.
 
-    __slots__ = ("learned", "money", "ones", "price", "rates", "tokens")
+    A request changes what is in hand of each stash; what it wanted is summed up here and told to the stashes ten times a second.
+    """
+
+    __slots__ = (
+        "budgets",
+        "calls",
+        "cost",
+        "learned",
+        "limited",
+        "listed",
+        "money",
+        "money_cost",
+        "money_wanted",
+        "ones",
+        "price",
+        "rates",
+        "returned",
+        "slots",
+        "tokens",
+        "wanted",
+    )
 
     def __init__(
         self, ones: tuple[Stash, ...], tokens: tuple[Stash, ...], money: tuple[Stash, ...], *, learned: Learned, price: Price | None
@@ -131,16 +152,38 @@ class Plan:
         self.ones = ones
         self.tokens = tokens
         self.money = money
+        self.limited = bool(ones or tokens or money)
+        self.slots = tuple(stash for stash in ones if stash.kind is not Kind.RATE)
+        self.budgets = tuple(stash for stash in tokens if stash.kind is not Kind.RATE)
         self.learned = learned
         self.price = price
-        self.rates: list[tuple[str, str, str, list[Stash]]] = []
+        self.listed = False
+        """Whether it will be asked to `tell`."""
+        self.calls = self.wanted = self.returned = self.cost = 0
+        self.money_wanted = self.money_cost = 0.0
+        """Since it was last asked: requests, the tokens and the money they wanted, tokens that came back; what the last one wanted."""
+        self.rates: list[tuple[str, str, str, Stash, tuple[Stash, ...]]] = []
         for name, listed in (("requests", ones), ("tokens", tokens)):
-            limit, remaining, reset = (f"x-ratelimit-{word}-{name}" for word in ("limit", "remaining", "reset"))
-            if rates := [one for one in listed if one.kind is Kind.RATE]:
-                self.rates.append((limit, remaining, reset, rates))
+            limit, remaining, reset = (f"x-ratelimit-{word}-{name}: " for word in ("limit", "remaining", "reset"))
+            if rates := tuple(one for one in listed if one.kind is Kind.RATE):
+                self.rates.append((limit, f"\r\n{remaining}", f"\r\n{reset}", rates[0], rates[1:]))
 
-    def __bool__(self) -> bool:
-        return bool(self.ones or self.tokens or self.money)
+    def tell(self, touched: list[Stash]) -> None:
+        """Let the stashes know what was wanted of them; those of which anything was are put into ``touched``, once."""
+        for stashes, wanted, cost in (
+            (self.ones, self.calls, 1.0),
+            (self.tokens, self.wanted, self.cost),
+            (self.money, self.money_wanted, self.money_cost),
+        ):
+            for stash in stashes if wanted else ():
+                if not stash.wanted:
+                    touched.append(stash)
+                stash.wanted += wanted
+                stash.cost = cost
+        for stash in self.tokens:
+            stash.returned += self.returned
+        self.calls = self.wanted = self.returned = 0
+        self.money_wanted, self.listed = 0.0, False
 
 
 class Hold:
@@ -178,15 +221,15 @@ class Hold:
             completion = int(self.sent_bytes / plan.learned.bytes_per_token) if self.sent_bytes else 0
             if not self.accepted and not completion:
                 prompt = 0
-        used = prompt + completion
-        for stash in plan.ones:
-            if stash.kind is Kind.SLOTS:
-                stash.balance += 1.0
-                stash.reserved -= 1.0
-        reserved = self._tokens
+        for stash in plan.slots:
+            stash.balance += 1.0
+            stash.reserved -= 1.0
+        used, reserved = prompt + completion, self._tokens
+        back = reserved - used
+        plan.returned += back
         for stash in plan.tokens:
-            stash.balance += reserved - used
-            stash.returned += reserved - used
+            stash.balance += back
+        for stash in plan.budgets:
             stash.reserved -= reserved
             stash.used += used
         if plan.money and plan.price is not None:
@@ -196,22 +239,24 @@ class Hold:
                 stash.reserved -= self._money
                 stash.used += cost
 
-    def headers(self) -> dict[str, str]:
-        """``x-ratelimit-…`` of the tightest limits."""
-        return rate_headers(self._plan)
+    def headers(self) -> str:
+        """``x-ratelimit-…`` of the tightest limits, as lines of a response's head."""
+        return rate_lines(self._plan)
 
 
-def rate_headers(plan: Plan) -> dict[str, str]:
+def rate_lines(plan: Plan) -> str:
     """OpenAI's six headers, as far as there are limits: how much fits, how much of it is left, and when all of it will be again."""
-    told: dict[str, str] = {}
-    for limit, remaining, reset, rates in plan.rates:
-        stash = rates[0]
-        for other in rates:
+    told = ""
+    for limit, remaining, reset, stash, others in plan.rates:
+        for other in others:
             if (other.balance + other.left) * other.per_burst < (stash.balance + stash.left) * stash.per_burst:
                 stash = other
         burst, left = stash.burst, stash.balance + stash.left
         left = burst if left > burst else left if left > 0.0 else 0.0
-        told[limit] = stash.told_burst
-        told[remaining] = str(int(left))
-        told[reset] = f"{int((burst - left) * stash.refill_ms + 0.999)}ms"
+        told += f"{limit}{stash.told_burst}{remaining}{int(left)}{reset}{int((burst - left) * stash.refill_ms + 0.999)}ms\r\n"
     return told
+
+
+def rate_headers(plan: Plan) -> dict[str, str]:
+    """The same, one by one."""
+    return {name: value for name, _, value in (line.partition(": ") for line in rate_lines(plan).splitlines())}

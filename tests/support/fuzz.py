@@ -615,7 +615,7 @@ class Frames:
                 attempt = Attempt(
                     worker,
                     Downstream(cast(Any, request), client, keep_alive=True),
-                    {"x-request-id": "req_1"},
+                    "x-request-id: req_1\r\n",
                     loop=asyncio.get_running_loop(),
                     now=0.0,
                 )

@@ -15,7 +15,7 @@ from tests.support.answers import Answer
 from tests.support.web_client import ClientRequest, ClientTransport
 
 EVENTS = {"status": 200, "type": "text/event-stream"}
-HEADERS = {"x-request-id": "req_1"}
+HEADERS = "x-request-id: req_1\r\n"
 
 
 def sized(length: int) -> dict[str, Any]:

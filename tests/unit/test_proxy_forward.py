@@ -35,7 +35,7 @@ class Stage:
         self.downstream = Downstream(cast(web.BaseRequest, self.request), self.transport, keep_alive=True)
         worker = cast(Worker, type("Linked", (), {"link": pair.alice, "stuck": False, "health": Health()})())
         self.began = asyncio.get_running_loop().time()
-        self.attempt = Attempt(worker, self.downstream, {"x-request-id": "req_1"}, loop=asyncio.get_running_loop(), now=self.began)
+        self.attempt = Attempt(worker, self.downstream, "x-request-id: req_1\r\n", loop=asyncio.get_running_loop(), now=self.began)
         self.running: asyncio.Task[dict[str, Any]] | None = None
 
     async def start(self, body: bytes = b"{}") -> IncomingStream:
