@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import check_time, read_bytes, read_number
 from mesh.envelope import Opened, Resolver, open_envelope, seal
 from mesh.errors import MalformedEnvelope, OutOfScope, UnknownSigner
 from mesh.scope import Scope, read_scope
-from mesh.trust import Issuer, Purpose, Trust, load_public_key, raw_public_key
+from mesh.trust import Issuer, Purpose, Trust, raw_public_key, read_public_key
 
 DELEGATION_DOMAIN = "infermesh/delegation"
 MAX_DELEGATION_BYTES = 2_048
@@ -87,10 +87,10 @@ def open_chain(chain: Sequence[bytes], trust: Trust, *, now: float) -> tuple[Iss
 def signed_by(delegation: Delegation) -> Resolver:
     """Resolves to the key of a delegation, and to no other."""
 
-    def resolve(signer: bytes) -> Ed25519PublicKey:
+    def resolve(signer: bytes) -> bytes:
         if signer != delegation.public_key:
             raise UnknownSigner("the signer is not who was delegated to")
-        return load_public_key(signer)
+        return read_public_key(signer)
 
     return resolve
 

@@ -19,14 +19,14 @@ from operator import attrgetter
 from typing import Any
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import CLOCK_SKEW_S, read_bool, read_bytes, read_int, read_str
 from mesh.envelope import open_envelope, parse_payload, seal
 from mesh.errors import BadSignature, MalformedEnvelope, NotYetValid, UnknownSigner
 from mesh.membership import MAX_MEMBERSHIP_BYTES, parse_membership
 from mesh.merkle import HASH_BYTES, leaf_hash, verify_path
-from mesh.trust import Role, Trust, load_public_key, raw_public_key
+from mesh.trust import Role, Trust, raw_public_key, read_public_key
 
 RECEIPTS_DOMAIN = "infermesh/receipts"
 MAX_RECEIPT_BYTES = 1200
@@ -255,10 +255,10 @@ def parse_batch(data: bytes, trust: Trust, *, now: float) -> Batch:
     to when it was a member; what it says there of a request, the other side's receipt of the request must bear out.
     """
 
-    def resolve(signer: bytes) -> Ed25519PublicKey:
+    def resolve(signer: bytes) -> bytes:
         if len(signer) != 32:
             raise UnknownSigner("receipts are signed by a node's own key")
-        return load_public_key(signer)
+        return read_public_key(signer)
 
     opened = open_envelope(RECEIPTS_DOMAIN, data, resolve, max_bytes=MAX_BATCH_BYTES)
     payload = opened.payload

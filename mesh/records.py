@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import (
     CLOCK_SKEW_S,
@@ -29,7 +29,7 @@ from mesh.envelope import open_envelope, read_unverified, seal
 from mesh.errors import MalformedEnvelope, UnknownSigner
 from mesh.membership import MAX_MEMBERSHIP_BYTES, Membership, MembershipCache
 from mesh.pulse import PULSE_BYTES, anchor_of
-from mesh.trust import Role, load_public_key, raw_public_key
+from mesh.trust import Role, raw_public_key, read_public_key
 
 RECORD_DOMAIN = "infermesh/record"
 MAX_RECORD_BYTES = 1000
@@ -180,11 +180,7 @@ def parse_record(data: bytes, members: MembershipCache, *, now: float, first_han
     ``first_hand``: it came from its owner just now, over a connection that proves it. Then it is as old as its arrival, whatever the
     owner's clock says, within `FIRST_HAND_SKEW_S`: two honest clocks must not cut a link that works.
     """
-
-    def resolve(signer: bytes) -> Ed25519PublicKey:
-        return load_public_key(signer)
-
-    opened = open_envelope(RECORD_DOMAIN, data, resolve, max_bytes=MAX_RECORD_BYTES)
+    opened = open_envelope(RECORD_DOMAIN, data, read_public_key, max_bytes=MAX_RECORD_BYTES)
     payload = opened.payload
     member = members.parse(read_bytes(payload, "mem", max_len=MAX_MEMBERSHIP_BYTES), now=now)
     if member.public_key != opened.signer:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.claims import read_bool, read_bytes, read_int
 from mesh.envelope import open_envelope, seal
 from mesh.errors import UnknownSigner
 from mesh.membership import MAX_MEMBERSHIP_BYTES, Membership, MembershipCache
-from mesh.trust import load_public_key, raw_public_key
+from mesh.trust import raw_public_key, read_public_key
 
 INTRODUCTION_DOMAIN = "infermesh/introduction"
 MAX_INTRODUCTION_BYTES = 500
@@ -36,11 +36,7 @@ class Introduction:
 
 def parse_introduction(data: bytes, members: MembershipCache, *, now: float) -> Introduction:
     """Verify an introduction. Raises a `TrustError`."""
-
-    def resolve(signer: bytes) -> Ed25519PublicKey:
-        return load_public_key(signer)
-
-    opened = open_envelope(INTRODUCTION_DOMAIN, data, resolve, max_bytes=MAX_INTRODUCTION_BYTES)
+    opened = open_envelope(INTRODUCTION_DOMAIN, data, read_public_key, max_bytes=MAX_INTRODUCTION_BYTES)
     payload = opened.payload
     member = members.parse(read_bytes(payload, "m", max_len=MAX_MEMBERSHIP_BYTES), now=now)
     if member.public_key != opened.signer:

@@ -15,9 +15,9 @@ from mesh.trust import (
     Purpose,
     Trust,
     key_id,
-    load_public_key,
     parse_keyset,
     raw_public_key,
+    read_public_key,
     seal_keyset,
 )
 from tests.support.vectors import fixed_key
@@ -133,7 +133,7 @@ def test_malformed_issuer_in_a_well_signed_keyset_is_refused() -> None:
 
 def test_key_of_the_wrong_length_is_malformed() -> None:
     with pytest.raises(MalformedEnvelope):
-        load_public_key(b"x" * 31)
+        read_public_key(b"x" * 31)
 
 
 def test_key_id_is_the_hash_of_the_spki() -> None:
