@@ -298,7 +298,7 @@ class Inference:
             timer = self._loop.call_at(plan.deadline, attempt.fail, DeadlineExceeded())
         attempt.may_move = not plan.failures and plan.choice is not None and plan.choice.of > 1
         if plan.passage is not None:
-            head["trail"] = len(plan.passage.trail)
+            head["trail"] = note.follow(plan.passage)
         worker.in_flight += 1
         self.attempts.add(attempt)
         on_trial = self._fleet.begin(worker)
@@ -309,7 +309,7 @@ class Inference:
             note.status = error.code
             raise
         finally:
-            note.end(attempt.first_byte_at)
+            note.end(attempt.first_byte_at, plan.passage)
             worker.in_flight -= 1
             self.attempts.discard(attempt)
             if timer is not None:

@@ -17,8 +17,11 @@ from mesh.apikey import ApiKey
 from mesh.doctor import Finding, Severity
 from mesh.errors import CapacityError, Overloaded, Rerouted
 from mesh.ledger import Ledger
+from mesh.link.link import MAX_TRAIL_BYTES
 from mesh.receipts import MAX_TOKENS, Row, Slip, pack_receipt
+from mesh.trail import count_tokens
 from proxy.downstream import Downstream
+from proxy.moves import Passage
 from proxy.prompts.watched import Watched
 
 _NOT_TRIED = frozenset({Rerouted.code, Overloaded.code})
@@ -35,13 +38,16 @@ class Attempted:
         "_downstream",
         "_pieces",
         "_sent",
+        "_trail_at",
         "final",
         "first_at",
         "noted",
         "number",
         "pieces",
+        "resumed",
         "sent",
         "status",
+        "tokens",
         "trailer",
         "worker",
         "written",
@@ -55,18 +61,27 @@ class Attempted:
         self.status = "cancelled"
         self.trailer: Mapping[str, Any] | None = None
         self.first_at: float | None = None
-        self.sent = self.pieces = 0
+        self.sent = self.pieces = self.resumed = self._trail_at = 0
+        self.tokens: int | None = None
         self._downstream: Downstream | None = downstream
         self._sent = downstream.bytes_sent
         self._pieces = downstream.pieces
 
-    def end(self, first_at: float | None) -> None:
+    def follow(self, passage: Passage) -> int:
+        """Its stream has a trail; returns how much of it there is."""
+        self._trail_at = len(passage.trail)
+        return self._trail_at
+
+    def end(self, first_at: float | None, passage: Passage | None = None) -> None:
         """No more will come of this attempt. ``first_at``: when its first byte came, None if none did."""
         downstream, self._downstream = self._downstream, None
         if first_at is not None and downstream is not None:
             self.first_at = first_at
             self.sent = downstream.bytes_sent - self._sent
             self.pieces = downstream.pieces - self._pieces
+            if self.trailer is None and passage is not None and self._trail_at < len(passage.trail) < MAX_TRAIL_BYTES:
+                # A piece may have held several events: what it came to, the trail knows.
+                self.tokens, self.resumed = count_tokens(passage.trail, self._trail_at), passage.tokens if self._trail_at else 0
 
     def row(self) -> Row:
         """For the ledger."""
@@ -128,7 +143,8 @@ class Noted:
             trailer = attempted.trailer
             if trailer is None:
                 opening = 1 if self.task == _CHAT else 0  # a chat's first event names the role and holds no token
-                slip.own, slip.out = True, max(0, attempted.pieces - opening)
+                slip.own, slip.base = True, attempted.resumed
+                slip.out = attempted.tokens if attempted.tokens is not None else max(0, attempted.pieces - opening)
             else:  # a worker's END says these by the same names; what is nonsense counts as nothing
                 claimed = trailer.get
                 if (count := claimed("in")) and type(count) is int and 0 < count <= MAX_TOKENS:

@@ -16,6 +16,9 @@ WHOLE = 1 - 1e-9
 AGAIN_S = 1.0
 """What has been handed out may come back, or be within reach again."""
 SPARE, SPARE_S = 0.75, 1.0
+HALF = 0.5 - 1e-9
+ALONE = 0.01
+"""Of its part of a budget, what a proxy may use that has lost more than half of the others."""
 
 
 class Kind(IntEnum):
@@ -170,12 +173,18 @@ class Bucket:
         return max(one.turn for one in self.askers.values())
 
     def _budget(self, limit: float, *, fraction: float, used: float, back: float) -> None:
-        """With all shares here, what is left is known. With some, it is their part of what was left when the others were last heard of."""
+        """With all shares here, what is left is known. With some, it is their part of what was left when the others were last heard of.
+
+        Less than half of the proxies can be given up by the others, who then use what is left without knowing what these did: so these
+        use next to nothing.
+        """
         left = limit - used - sum(one.out for one in self.askers.values())
         if fraction >= WHOLE:
             self.level = left
         elif abs(fraction - self.fraction) > 1e-9 or self.fresh:
             part = max(0.0, left) * fraction
+            if fraction < HALF:
+                part = min(part, limit * fraction * ALONE)
             self.level = part if self.fresh or self.fraction >= WHOLE else min(part, self.level + back)
         else:
             self.level += back

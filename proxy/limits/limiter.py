@@ -27,7 +27,7 @@ from mesh.link.frames import Frame
 from mesh.prices import PriceList, TokenPrice
 from mesh.records import State
 from mesh.trust import Role
-from proxy.limits.buckets import Ask, Bucket, Grant, Kind
+from proxy.limits.buckets import WHOLE, Ask, Bucket, Grant, Kind
 from proxy.limits.counters import Counters
 from proxy.limits.messages import MAX_ENTRIES, Count, encode_asks, encode_grants, parse_asks, parse_grants
 from proxy.limits.shares import BEAT_S, ID_BYTES, Shares
@@ -42,7 +42,7 @@ SWEEP_S = 0.5
 REPORT_S = 1.0
 WAIT_S = 0.25
 WILL_S = 0.5
-"""What is used in so long is told to the heir at once, so that it is not told with every grant."""
+"""What is used in so long is told to the heir ahead, so that it is not told with every grant, and has answered before that is needed."""
 LOST_S = 1.0
 """An ask that has not been answered for so long is asked again."""
 AGAIN_S = 0.5
@@ -470,7 +470,10 @@ class Limiter:
         if want:
             stash.asked = want
         if owner == self._me:
-            self._answer(stash, self._grant(self._me, ask, now), now, wanted=bool(want))
+            if self._willed(ask, now):
+                self._answer(stash, self._grant(self._me, ask, now), now, wanted=bool(want))
+            else:
+                stash.asking = now
             return
         if want:
             stash.asking = now
@@ -513,22 +516,29 @@ class Limiter:
                 self.counters.put(ask.bucket, self._sources[who], ask.used, ends=ask.ends)
             used = self.counters.total(ask.bucket)
         fraction = self.shares.fraction(ask.bucket, now)
-        grant = bucket.ask(who, ask, fraction=fraction, since=self.shares.since, used=used, own=self._me, now=now)
-        if ask.kind is Kind.BUDGET:
-            if who == self._me:
-                self._make_will(ask, bucket.most(who))
-            else:
-                self._wills.forget(ask.bucket, who)  # from here on its own asks tell
-        return grant
+        if ask.kind is Kind.BUDGET and who != self._me:
+            self._wills.forget(ask.bucket, who)  # from here on its own asks tell
+        return bucket.ask(who, ask, fraction=fraction, since=self.shares.since, used=used, own=self._me, now=now)
 
-    def _make_will(self, ask: Ask, most: float) -> None:
-        """Let the heir know what this proxy may have used of a budget of its own, before it uses it."""
+    def _willed(self, ask: Ask, now: float) -> bool:
+        """Whether this proxy may take of a bucket of its own what it wants, or a part that is of use: of a budget, no more than its heir
+        knows that it may. What the heir does not know yet, it is told."""
+        if ask.kind is not Kind.BUDGET or not ask.want:
+            return True
         heir = self.shares.heir(ask.bucket)
-        if heir != self._me and (told := self._wills.make(ask.bucket, heir, most, spare=ask.demand * WILL_S)):
+        if heir == self._me:  # nobody to tell: with its own share it does what it likes, with those of others nothing
+            return len(self.shares.counted) <= 1 or self.shares.fraction(ask.bucket, now) < WHOLE
+        bucket = self._buckets.get(ask.bucket)
+        most = max(ask.used, bucket.most(self._me) if bucket is not None else 0.0)
+        if ask.held is not None:
+            most = max(most, ask.used + ask.held)
+        if told := self._wills.make(ask.bucket, heir, most + ask.want, spare=ask.demand * WILL_S):
             if not self._counts:
                 asyncio.get_running_loop().call_soon(self._flush)
             count = Count(bucket=ask.bucket, source=self._sources[self._me], used=ask.used, ends=ask.ends, most=told)
             self._counts.setdefault(heir, []).append(count)
+        ask.want = min(ask.want, self._wills.kept(ask.bucket, heir) - most)
+        return ask.want > 0 and ask.want >= ask.least
 
     # -- other proxies
 
@@ -548,6 +558,7 @@ class Limiter:
         for bucket, kept in self._buckets.items():
             if (used := kept.lost(peer)) > 0:
                 self.counters.put(bucket, self._sources[peer], used, ends=kept.ends)
+        self._wills.lost(peer)
         for bucket, most, ends in self._wills.open(peer):
             self.counters.put(bucket, self._sources[peer], most, ends=ends)
         self._forget_owner(peer)
@@ -564,14 +575,18 @@ class Limiter:
                 asks, counts = parse_asks(fields)
                 for count in counts:
                     self.counters.put(count.bucket, count.source, count.used, ends=count.ends)
-                    if count.most and count.source == self._sources.get(peer):
-                        self._wills.hear(peer, count)
+                wills = [count for count in counts if count.most and count.source == self._sources.get(peer)]
+                kept = [count for count in wills if self._wills.hear(peer, count)]
                 self._bound(peer, len(asks) + len(counts), now)
                 grants = [grant for ask in asks if (grant := self._grant(peer, ask, now)) and ask.want]
-                if grants:
-                    self._send(peer, Frame.GRANT, encode_grants(grants))
+                if grants or kept:
+                    self._send(peer, Frame.GRANT, encode_grants(grants, kept))
             elif kind == Frame.GRANT:
-                for grant in parse_grants(fields):
+                grants, told = parse_grants(fields)
+                for bucket, most in told:
+                    if self._wills.keep(bucket, peer, most) and (stash := self._stashes.get(bucket)) is not None:
+                        stash.asking = 0.0 if stash.owner == self._me else stash.asking
+                for grant in grants:
                     stash = self._stashes.get(grant.bucket)
                     if stash is not None and stash.asking and stash.owner == peer:
                         self._answer(stash, grant, now, wanted=True)

@@ -85,14 +85,21 @@ def parse_asks(fields: Mapping[str, Any]) -> tuple[list[Ask], list[Count]]:
     return asks, counts
 
 
-def encode_grants(grants: Iterable[Grant]) -> dict[str, Any]:
-    """A GRANT frame's fields."""
-    return {"give": [{"b": grant.bucket, "g": grant.given, "l": grant.left, "w": grant.wait_s} for grant in grants]}
+def encode_grants(grants: Iterable[Grant], kept: Iterable[Count] = ()) -> dict[str, Any]:
+    """A GRANT frame's fields; ``kept`` are wills that have been heard."""
+    fields: dict[str, Any] = {"give": [{"b": grant.bucket, "g": grant.given, "l": grant.left, "w": grant.wait_s} for grant in grants]}
+    if told := [{"b": count.bucket, "m": count.most} for count in kept]:
+        fields["kept"] = told
+    return fields
 
 
-def parse_grants(fields: Mapping[str, Any]) -> list[Grant]:
-    """Raises `MalformedEnvelope`."""
-    return [
+def parse_grants(fields: Mapping[str, Any]) -> tuple[list[Grant], list[tuple[bytes, float]]]:
+    """Grants, and of wills that were heard the bucket and how much. Raises `MalformedEnvelope`."""
+    kept = [
+        (read_bytes(entry, "b", size=BUCKET_BYTES), read_number(entry, "m", high=MOST))
+        for entry in read_maps(fields, "kept", max_items=MAX_ENTRIES)
+    ]
+    grants = [
         Grant(
             bucket=read_bytes(entry, "b", size=BUCKET_BYTES),
             given=read_number(entry, "g", high=MOST),
@@ -101,3 +108,4 @@ def parse_grants(fields: Mapping[str, Any]) -> list[Grant]:
         )
         for entry in read_maps(fields, "give", max_items=MAX_ENTRIES)
     ]
+    return grants, kept

@@ -99,7 +99,7 @@ def test_shared_budget_is_not_overshot(fault: Callable[[Floor], Coroutine[Any, A
         for seat in floor.seats:
             seat.limiter.take_document(floor.document)
         await floor.settled()
-        load = floor.load([key_of()], call_of(max_tokens=400), rate=40, seconds=60, weights=zipf(8), usage=(60, 140), takes_s=1.0)
+        load = floor.load([key_of()], call_of(max_tokens=400), rate=40, seconds=75, weights=zipf(8), usage=(60, 140), takes_s=1.0)
         loading = loop.create_task(load)
         await asyncio.sleep(8)
         if fault is not None:
@@ -109,6 +109,27 @@ def test_shared_budget_is_not_overshot(fault: Callable[[Floor], Coroutine[Any, A
         assert 0.85 * budget <= used <= budget
         codes = {code for seat in floor.seats for at, code in seat.refused if at > loop.time() - 5}
         assert "insufficient_quota" in codes, "and that is what clients hear in the end"
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("after_s", [2, 12])
+def test_a_proxy_that_is_cut_off_for_good_takes_nothing_beyond_a_budget(after_s: float) -> None:
+    """The others give it up after 25 s and use all that is left; what it used meanwhile must not come on top."""
+    budget = 200_000.0
+
+    async def main(loop: VirtualLoop) -> None:
+        floor = Floor(loop, 4)
+        floor.document = shared(Limit(tokens_per_day=budget))
+        for seat in floor.seats:
+            seat.limiter.take_document(floor.document)
+        await floor.settled()
+        load = floor.load([key_of()], call_of(max_tokens=400), rate=40, seconds=70, weights=zipf(4), usage=(60, 140), takes_s=1.0)
+        loading = loop.create_task(load)
+        await asyncio.sleep(after_s)
+        floor.split([owner_of(floor)])
+        await loading
+        assert 0.9 * budget <= sum(cost for _, cost in floor.all_admitted()) <= 1.005 * budget
 
     run_virtual(main)
 

@@ -104,6 +104,7 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         ),
         "asks": (Frame.ASK, 0, encode_asks([rate, budget], [count])),
         "what an owner may use": (Frame.ASK, 0, encode_asks([], [replace(count, most=4700.0)])),
+        "a will that was heard": (Frame.GRANT, 0, encode_grants([], [replace(count, most=4700.0)])),
         "grants": (Frame.GRANT, 0, encode_grants([Grant(bucket=bytes(range(16)), given=12.0, left=30.5, wait_s=0.0)])),
     }
     raw = {

@@ -211,6 +211,19 @@ def test_parted_owners_together_give_no_more_than_was_left() -> None:
         assert 37 <= mine <= 40
 
 
+def test_less_than_half_of_the_proxies_use_next_to_nothing_of_a_budget_when_they_are_apart() -> None:
+    here = Owner(Kind.BUDGET, 100_000)
+    here.ask(ALICE, want=20)
+    here.fraction = 3 / 8
+    mine = 0.0
+    for _ in range(1000):
+        mine += here.ask(ALICE, want=10, used=20 + mine).given
+        here.used = 20 + mine
+    assert 300 <= mine <= 375, "a hundredth of their part"
+    here.fraction = 1.0
+    assert here.ask(ALICE, want=50_000, used=20 + mine).given == 50_000
+
+
 def test_lost_proxy_may_have_used_what_it_had_of_a_budget_and_its_slots_are_free() -> None:
     budget, slots = Owner(Kind.BUDGET, 100), Owner(Kind.SLOTS, 10)
     budget.ask(ALICE, want=60.0)

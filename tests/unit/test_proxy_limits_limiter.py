@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mesh.prices import MICRO, Period, PriceList, TokenPrice, encode_prices
 from proxy.limits.buckets import Ask, Kind
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import MAX_ENTRIES_PER_S, WAIT, Limiter
-from proxy.limits.messages import Count, encode_asks
+from proxy.limits.messages import Count, encode_asks, encode_grants
 from proxy.limits.stash import Hold
 from proxy.limits.wills import Wills
 from proxy.openai import parse_call
@@ -367,14 +368,64 @@ def test_owner_that_asks_like_others_again_is_counted_by_what_it_asked_for(clock
 def test_wills_are_told_ahead_and_anew_to_a_new_heir() -> None:
     wills = Wills()
     assert wills.make(b"b", b"heir", 100.0, spare=50.0) == 150.0
-    assert wills.make(b"b", b"heir", 150.0, spare=50.0) == 0.0
-    assert wills.make(b"b", b"heir", 151.0, spare=50.0) == 201.0
+    assert wills.make(b"b", b"heir", 125.0, spare=50.0) == 0.0
+    assert wills.make(b"b", b"heir", 126.0, spare=50.0) == 176.0
     assert wills.make(b"b", b"other", 120.0, spare=0.0) == 120.0
     wills.hear(b"owner", Count(bucket=b"b", source=b"s", used=1.0, ends=10.0, most=5.0))
     wills.hear(b"owner", Count(bucket=b"c", source=b"s", used=1.0, ends=20.0, most=7.0))
     wills.expire(15.0)
     assert wills.open(b"owner") == [(b"c", 7.0, 20.0)]
     assert wills.open(b"owner") == []
+
+
+def test_a_will_counts_for_as_much_as_its_heir_has_heard() -> None:
+    wills = Wills()
+    assert wills.kept(b"b", b"heir") == 0.0
+    wills.make(b"b", b"heir", 100.0, spare=50.0)
+    wills.make(b"b", b"heir", 200.0, spare=50.0)
+    assert not wills.keep(b"b", b"other", 150.0)
+    assert not wills.keep(b"b", b"heir", 300.0), "it was told no such thing"
+    assert wills.keep(b"b", b"heir", 250.0)
+    assert not wills.keep(b"b", b"heir", 150.0), "an answer that came late"
+    assert wills.kept(b"b", b"heir") == 250.0
+    wills.lost(b"heir")
+    assert wills.kept(b"b", b"heir") == 0.0
+    assert wills.make(b"b", b"heir", 100.0, spare=50.0) == 150.0
+
+
+async def test_owner_uses_no_more_of_a_budget_than_its_heir_knows(clock: StoppedClock) -> None:
+    told: list[dict[str, Any]] = []
+    made = limiter(clock)
+    made._send = lambda peer, kind, fields: told.extend(fields.get("count", ()) if kind == Frame.ASK else ())
+    made.take_document(rule("project:p", Limit(tokens_per_day=100_000)))
+    made.up(OTHER, 1, serving=True)
+    bucket = made._plan(key_of(), call_of()).tokens[0].bucket
+    made.shares._owners[bucket] = made._me, OTHER[:8]
+    assert made.enter(key_of(), call_of(0, max_tokens=1000)) is WAIT
+    await asyncio.sleep(0)
+    assert [count["m"] >= 1000 for count in told] == [True]
+    waiting = asyncio.create_task(made.wait(key_of(), call_of(0, max_tokens=1000)))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    made.on_frame(OTHER, Frame.GRANT, encode_grants([], [Count(bucket=bucket, source=b"", used=0.0, ends=0.0, most=told[-1]["m"])]))
+    hold = await waiting
+    hold.settle(10, 10)
+    hold.end()
+    used = 20
+    while not isinstance(made.enter(key_of(), call_of(0, max_tokens=100)), str):
+        used += 100
+    assert used <= told[-1]["m"]
+
+
+async def test_heir_says_what_it_has_heard(clock: StoppedClock) -> None:
+    sent: list[dict[str, Any]] = []
+    made = limiter(clock)
+    made._send = lambda peer, kind, fields: sent.append(fields) if kind == Frame.GRANT else None
+    made.up(OTHER, 1, serving=True)
+    source = OTHER[:8] + (1).to_bytes(8)
+    count = Count(bucket=b"b" * 16, source=source, used=1.0, ends=clock.wall() + 60, most=70.0)
+    made.on_frame(OTHER, Frame.ASK, encode_asks([], [count, replace(count, bucket=b"c" * 16, most=0.0)]))
+    assert sent == [{"give": [], "kept": [{"b": b"b" * 16, "m": 70.0}]}]
 
 
 def test_key_has_a_day_of_tokens_of_its_own(clock: StoppedClock) -> None:

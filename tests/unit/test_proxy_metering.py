@@ -13,6 +13,8 @@ from mesh.receipts import MAX_TOKENS, Receipt, parse_receipt
 from mesh.usage import Charge, Copy, settle
 from proxy.downstream import Downstream
 from proxy.metering import Meter, Noted
+from proxy.moves import Moves, Passage
+from worker.moving.trail import Begin, encode_begin, encode_token
 
 KEY = ApiKey(id=b"12345678", project="search", roles=frozenset({"invoker"}), not_before=0, expires=1)
 WORKERS = b"a" * 32, b"b" * 32
@@ -47,13 +49,19 @@ class Desk:
         self.meter = Meter(cast(Ledger, self.pages), wall=lambda: 1_800_000_000.0)
         self.noted: Noted = self.meter.open("req_1", "chat", 1.0)
         self.noted.key, self.noted.model = KEY, "m"
+        self.passage = Passage(cast(Moves, None), "req_1")
 
-    def attempt(self, worker: bytes, status: str, *, pieces: int = 0, trailer: dict[str, Any] | None = None) -> None:
+    def attempt(self, worker: bytes, status: str, *, pieces: int = 0, trailer: dict[str, Any] | None = None, tokens: int = 0) -> None:
+        """``tokens`` of them on the stream's trail."""
         note = self.noted.begin(worker, cast(Downstream, self.client))
+        note.follow(self.passage)
+        if tokens and not self.passage.trail:
+            self.passage.trail += encode_begin(Begin(id="c", model="m", created=1, prompt_tokens=9))
+        self.passage.trail += encode_token(4, 17) * tokens
         self.client.pieces += pieces
         self.client.bytes_sent += 100 * pieces
         note.status, note.trailer = status, trailer
-        note.end(2.0 if pieces else None)
+        note.end(2.0 if pieces else None, self.passage)
 
     def written(self) -> list[tuple[int, str, bool]]:
         return [(receipt.attempt, receipt.status, receipt.final) for receipt in self.pages.receipts]
@@ -119,6 +127,17 @@ def test_a_stream_lost_again_and_again_is_written_as_far_as_it_came(desk: Desk) 
     desk.meter.lost(desk.noted)
     desk.meter.close(desk.noted, "cancelled", 9.0)
     assert desk.written() == [(1, "worker_lost", False), (3, "worker_lost", False), (0, "cancelled", True)]
+
+
+def test_tokens_of_a_lost_stream_are_those_of_its_trail_however_few_pieces_they_came_in(desk: Desk) -> None:
+    desk.attempt(WORKERS[0], "worker_lost", pieces=4, tokens=33)
+    desk.meter.lost(desk.noted)
+    desk.passage.tokens = 31
+    desk.attempt(WORKERS[1], "worker_lost", pieces=2, tokens=10)
+    desk.meter.lost(desk.noted)
+    desk.meter.close(desk.noted, "no_worker", 9.0)
+    assert [(receipt.completion, receipt.resumed) for receipt in desk.pages.receipts[:2]] == [(33, 0), (10, 31)]
+    assert [charge.completion for charge in desk.pages.charges()] == [31, 10]
 
 
 @pytest.mark.parametrize("notes", [["overloaded", "ok"], ["ok", "outrun"], ["rerouted", "rerouted"]])

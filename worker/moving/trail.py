@@ -16,18 +16,25 @@ import msgpack
 from mesh.claims import read_bytes, read_int, read_str
 from mesh.envelope import parse_payload
 from mesh.errors import MalformedEnvelope, NotResumed
+from mesh.trail import BEGIN as _BEGIN
+from mesh.trail import CUT as _CUT
+from mesh.trail import DONE as _DONE
+from mesh.trail import EVENT as _EVENT
+from mesh.trail import FINISH as _FINISH
+from mesh.trail import FIXED as _FIXED
+from mesh.trail import GAP as _GAP
+from mesh.trail import MAX_GAP, MOST_NUMBER_BYTES
+from mesh.trail import USAGE as _USAGE
 
 VERSION = b"\x01"
 MAX_TOKENS = 1 << 20
 MAX_CHARS = 1 << 24
 MAX_TOKEN_ID = 2**31 - 1
-MAX_GAP_BYTES = 4096
+MAX_GAP_BYTES = MAX_GAP
 MAX_NAME = 256
 MAX_REASON = 32
 HASH_BYTES = 8
 MAX_BEGIN_BYTES = 4096
-_BEGIN, _GAP, _FINISH, _USAGE, _DONE, _FIXED, _CUT, _EVENT = 0, 1, 2, 3, 4, 5, 6, 16
-_MOST_NUMBER_BYTES = 5
 _TOKEN, _ONE = struct.Struct("<I"), struct.Struct("<BI")
 
 
@@ -218,7 +225,7 @@ class _Reader:
 
     def number(self) -> int:
         data, value = self._data, 0
-        for at in range(self._at, min(self._at + _MOST_NUMBER_BYTES, len(data))):
+        for at in range(self._at, min(self._at + MOST_NUMBER_BYTES, len(data))):
             byte = data[at]
             value |= (byte & 127) << 7 * (at - self._at)
             if byte < 128:
