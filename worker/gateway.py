@@ -372,14 +372,19 @@ class Gateway:
         tally.stream = events
         async for data in response.content.iter_any():
             self.pulse.signs += 1
+            usual = events.usual(data)
+            if usual is not None:
+                trail, event = usual
+                if stream.send_tokens_now(trail, event):
+                    tally.passed_one(event)
+                else:
+                    await self._pass_on(stream, [usual], begin, tally)
+                continue
             try:
                 pieces = events.feed(data)
             except ValueError:
                 raise EngineUnavailable("The worker's engine sent an event without end") from None
-            if len(pieces) == 1 and begin.sent and stream.send_tokens_now(*pieces[0]):  # a token like any other
-                tally.passed(pieces[0][1])
-            else:
-                await self._pass_on(stream, pieces, begin, tally)
+            await self._pass_on(stream, pieces, begin, tally)
             if events.over:
                 return events.usage
             if events.failure is not None:

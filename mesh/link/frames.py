@@ -63,7 +63,7 @@ MAX_TRAIL_PIECE_BYTES = 255
 MAX_TOKENS_DATA_BYTES = MAX_PAYLOAD_BYTES - 1 - MAX_TRAIL_PIECE_BYTES
 """So much of an answer's body fits into any TOKENS frame."""
 _DATA, _END, _TOKENS = int(Frame.DATA), int(Frame.END), int(Frame.TOKENS)
-_LENGTHS = tuple(bytes([length]) for length in range(MAX_TRAIL_PIECE_BYTES + 1))
+_tokens_header = struct.Struct(">IIBB").pack
 
 LINK_CONTROL = frozenset(
     {Frame.LOAD, Frame.RECORD, Frame.DRAIN, Frame.PREFIX, Frame.DOCUMENT, Frame.ORDER, Frame.SHARES, Frame.ASK, Frame.GRANT}
@@ -86,7 +86,8 @@ def encode_whole(stream: int, body: bytes | bytearray) -> bytes:
 
 def encode_tokens(stream: int, trail: bytes, data: bytes) -> bytes:
     """A TOKENS frame: DATA with up to `MAX_TRAIL_PIECE_BYTES` of trail before it. ``data`` leaves room for them."""
-    return _header(len(trail) + len(data) + 1, stream, _TOKENS) + _LENGTHS[len(trail)] + trail + data
+    size = len(trail)
+    return _tokens_header(size + len(data) + 1, stream, _TOKENS, size) + trail + data
 
 
 def encode_control(kind: int, stream: int, fields: Mapping[str, Any]) -> bytes:

@@ -46,12 +46,14 @@ def tree(root: int) -> list[int]:
 
 
 def cpu_s(pids: Iterable[int]) -> float:
-    """User and system CPU seconds that these processes have used so far (not their children's)."""
-    total = 0
+    """User and system CPU seconds that these processes have used so far (not their children's), by the scheduler's own count: the
+    ticks of /proc, ten milliseconds each, are 3% of what a proxy uses for a window's tokens.
+    """
+    total = 0.0
     for pid in pids:
-        if fields := _stat(pid):
-            total += int(fields[11]) + int(fields[12])
-    return total / TICKS_PER_S
+        with suppress(OSError):
+            total += time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3)
+    return total
 
 
 def rss_bytes(pids: Iterable[int]) -> int:

@@ -5,11 +5,11 @@ llama.cpp's server in xllamacpp 2026.10, recorded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import EngineUnavailable
@@ -18,9 +18,8 @@ from worker.engine import Task, TokenIds
 from worker.engine.base import tells_token_ids
 from worker.moving import trail as trails
 from worker.moving.ids import WISHES, read_event
-from worker.moving.tracked import TrackedEvents, join_pieces
+from worker.moving.tracked import Piece, TrackedEvents, join_pieces
 from worker.moving.trail import Gap, Trail, hash_prompt, parse_trail
-from worker.usage import Usage
 
 VLLM_ROLE = (
     '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1795268373,"model":"smollm2","choices":[{"index":0,"delta":'
@@ -94,9 +93,15 @@ def llama(ids: bool) -> list[str]:
     return [event("🌟", 249, 3), event(" hi", 17, 4), event('"timings":{}', 18, 9), LLAMA_LAST, LLAMA_USAGE, "[DONE]"]
 
 
+def read(events: TrackedEvents, data: bytes) -> list[Piece]:
+    """As the gateway does."""
+    usual = events.usual(data)
+    return [usual] if usual is not None else events.feed(data)
+
+
 def run(way: TokenIds, data: bytes, *, sizes: int = 10**9, show_usage: bool = True) -> tuple[bytes, Trail, TrackedEvents]:
     events = TrackedEvents(way, show_usage=show_usage)
-    pieces = [piece for at in range(0, len(data), sizes) for piece in events.feed(data[at : at + sizes])]
+    pieces = [piece for at in range(0, len(data), sizes) for piece in read(events, data[at : at + sizes])]
     pieces += events.close()
     assert all(len(trail) <= MAX_TRAIL_PIECE_BYTES and len(data) <= MAX_TOKENS_DATA_BYTES for trail, data in pieces)
     return b"".join(data for _, data in pieces), parse_trail(b"".join(trail for trail, _ in pieces)), events
@@ -264,19 +269,138 @@ def test_tasks_have_wishes() -> None:
     assert set(WISHES) == {(way, task) for way in TokenIds for task in (Task.CHAT, Task.COMPLETIONS)}
 
 
-@given(st.lists(st.tuples(st.text(max_size=12), st.integers(0, 200_000)), max_size=12), st.booleans())
-def test_usual_events_are_cut_to_what_reading_them_gives(said: list[tuple[str, int]], ascii_only: bool) -> None:
-    """Read one by one or three by three, most events go the short way; read in pieces of 50 bytes, none does."""
-    told = [("word", 5), ('tricky","logprobs":null,"finish_reason":null,"token_ids":[9]', 6), *said]
-    events = [VLLM_ROLE % "[1,2]", *(VLLM_TOKEN % (json.dumps(text, ensure_ascii=ascii_only), f"[{token}]") for text, token in told)]
-    whole = sse(*events)
+class Slowly(TrackedEvents):
+    """Parses everything."""
 
-    def read(reads: Iterable[bytes]) -> tuple[bytes, bytes, Usage]:
-        tracked = TrackedEvents(TokenIds.VLLM, show_usage=True)
-        pieces = [piece for data in reads for piece in tracked.feed(data)]
-        return b"".join(trail for trail, _ in pieces), b"".join(shown for _, shown in pieces), tracked.so_far
+    def usual(self, data: bytes) -> None:
+        return None
 
-    slowly = read(whole[at : at + 50] for at in range(0, len(whole), 50))
-    assert read(map(sse, events)) == slowly
-    assert read([*map(sse, events[:2]), *(sse(*events[at : at + 3]) for at in range(2, len(events), 3))]) == slowly
-    assert parse_trail(slowly[0]).ids == [token for _, token in told]
+    def _several(self, data: bytes) -> None:
+        return None
+
+
+def read_all(events: TrackedEvents, reads: Iterable[bytes]) -> list[Any]:
+    """What comes of each read, as the gateway goes about it, until the engine's answer turns out to be none."""
+    found: list[Any] = []
+    for data in reads:
+        try:
+            pieces = read(events, data)
+        except EngineUnavailable as error:
+            return [*found, error.message]
+        found.append((b"".join(trail for trail, _ in pieces), b"".join(shown for _, shown in pieces)))
+    return [*found, events.so_far, events.complete, events.failure]
+
+
+def llama_event(text: str, token: str, count: str) -> str:
+    return LLAMA_TOKEN % (text, LLAMA_LOGPROBS.replace("%d", "%s") % (token, text, token), LLAMA_TIMINGS.replace("%d", "%s") % count)
+
+
+def llama_text(text: str, token: str, count: str) -> str:
+    return LLAMA_TEXT % (
+        text,
+        LLAMA_LOGPROBS.replace("%d", "%s").partition(":")[2] % (token, text, token),
+        LLAMA_TIMINGS.replace("%d", "%s") % count,
+    )
+
+
+FORMS: dict[str, tuple[TokenIds, list[str], Callable[[str, str, str], str]]] = {
+    "vllm chat": (TokenIds.VLLM, [VLLM_ROLE % "[1,2]"], lambda text, token, _: VLLM_TOKEN % (text, f"[{token}]")),
+    "vllm text": (TokenIds.VLLM, [VLLM_TEXT % ('"a"', "[1,2]", "[3]")], lambda text, token, _: VLLM_TEXT % (text, "null", f"[{token}]")),
+    "llama chat": (TokenIds.LLAMACPP, [], llama_event),
+    "llama text": (TokenIds.LLAMACPP, [], llama_text),
+}
+TEXTS = st.text(max_size=12).map(json.dumps) | st.text(max_size=12).map(lambda text: json.dumps(text, ensure_ascii=False))
+ODD_TEXTS = [
+    "",
+    '"',
+    '"a',
+    ' "a" ',
+    '"a" ',
+    '"a\x01b"',
+    '"a\tb"',
+    '"a\nb"',
+    '"a\n\nb"',
+    '"a\\"',
+    '"\\ud83d"',
+    '"\udcff"',
+    '"a"b"',
+    "null",
+    "5",
+]
+ODD_TEXTS += ['"a","content":"b"', '"x","text":"y"', '"x"},"delta":{"content":"y"', '"x","tool_calls":[{}]', '"' + "e" * 65_090 + '"']
+ODD_TEXTS += [
+    '"tricky\\","logprobs":null,"finish_reason":null,"token_ids":[9]"',
+    '"},"logprobs":null,"finish_reason":null,"token_ids":[7]}]}',
+]
+ODD_TOKENS = ["", "07", "-1", "+1", " 5", "5 ", "1.0", "1e3", "5,6", "2147483647", "2147483648", "9" * 30, "null", "true", '"5"', "[5]"]
+ODD_TOKENS += ["5]}]}\n\n", '5],"index":[1', "5\n", "\n5", "5\r", "5 \r\n"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_odd_text_or_id_alone_is_read_as_parsing_reads_it(form: str) -> None:
+    way, before, event = FORMS[form]
+    for text, token in [*((text, "7") for text in ODD_TEXTS), *(('"a"', token) for token in ODD_TOKENS)]:
+        written = [*before, event('"word"', "5", "1"), event('" and"', "6", "2"), event(text, token, "3"), event('"more"', "8", "4")]
+        reads = [f"data: {found}\n\n".encode("utf-8", "surrogateescape") for found in written]
+        assert read_all(TrackedEvents(way, show_usage=True), reads) == read_all(Slowly(way, show_usage=True), reads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    said=st.lists(
+        st.tuples(
+            TEXTS | st.sampled_from(ODD_TEXTS),
+            st.integers(0, 200_000).map(str) | st.sampled_from(ODD_TOKENS),
+            st.sampled_from([0, 0, 0, 0, 1, -1]),
+        ),
+        max_size=8,
+    ),
+    together=st.integers(1, 3),
+    spoil=st.none() | st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 3), st.binary(max_size=3)),
+    end=st.booleans(),
+)
+def test_quick_way_gives_what_parsing_gives(
+    form: str, said: list[tuple[str, str, int]], together: int, spoil: tuple[float, int, bytes] | None, end: bool
+) -> None:
+    """Whatever the engine says: odd texts and ids, events in one read, bytes put in or taken out anywhere, nothing at all."""
+    way, before, event = FORMS[form]
+    usual = [('"word"', "5", 0), ('" and"', "6", 0), *said, ('"more"', "7", 0)]
+    written = [event(text, token, str(number + off)) for number, (text, token, off) in enumerate(usual, start=1)]
+    reads = [f"data: {found}\n\n".encode("utf-8", "surrogateescape") for found in [*before, *written]]
+    first = len(before) + 2
+    reads = reads[:first] + [b"".join(reads[at : at + together]) for at in range(first, len(reads), together)]
+    if spoil is not None:
+        where, gone, put = spoil
+        number = first - 1 + int(where * (len(reads) - first + 1))
+        at = int(where * 977 * len(reads[number])) % len(reads[number])
+        reads[number] = reads[number][:at] + put + reads[number][at + gone :]
+    if end:
+        reads.append(b"data: [DONE]\n\n")
+    assert read_all(TrackedEvents(way, show_usage=True), reads) == read_all(Slowly(way, show_usage=True), reads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.lists(st.tuples(TEXTS, st.integers(0, 200_000)), max_size=8), st.integers(1, 3))
+def test_usual_events_go_the_quick_way(form: str, said: list[tuple[str, int]], together: int) -> None:
+    way, before, event = FORMS[form]
+    events = TrackedEvents(way, show_usage=True)
+    for known in (*before, event('"word"', "5", "1")):
+        events.feed(sse(known))
+    seen = events.so_far.completion
+    written = [sse(event(text, str(token), str(seen + number))) for number, (text, token) in enumerate(said, start=1)]
+    for data in written:
+        usual = events.usual(data)
+        assert usual is not None
+        assert b'"token_ids":[' not in usual[1]
+        assert b'"timings":{' not in usual[1].replace(b'\\"', b"")
+    assert events.so_far.completion == seen + len(said)
+
+
+def test_shape_whose_values_are_not_where_they_seem_is_not_learned() -> None:
+    twice = VLLM_TOKEN.replace('"delta":{"content":%s}', '"delta":{"content":"same"},"other":%s')
+    for odd in (twice, VLLM_TOKEN.replace('"token_ids":%s', '"more":{"token_ids":%s},"token_ids":[5]')):
+        events = TrackedEvents(TokenIds.VLLM, show_usage=True)
+        reads = [sse(VLLM_ROLE % "[1,2]"), *(sse(odd % (text, "[5]")) for text in ('"same"', '"same"', '"another"'))]
+        assert read_all(events, reads) == read_all(Slowly(TokenIds.VLLM, show_usage=True), reads)
+        assert events.usual(sse(odd % ('"third"', "[5]"))) is None

@@ -58,7 +58,9 @@ class _LastToken(msgspec.Struct):
     id: int
 
 
-class _Logprobs(msgspec.Struct):
+class Logprobs(msgspec.Struct):
+    """Of llama.cpp: those of an event's last token."""
+
     content: list[_LastToken] | None = None
 
 
@@ -69,10 +71,12 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
+    logprobs: Logprobs | None = None
 
 
-class _Timings(msgspec.Struct):
+class Timings(msgspec.Struct):
+    """Of llama.cpp: how many tokens so far."""
+
     cache_n: int = 0
     prompt_n: int = 0
     predicted_n: int = 0
@@ -84,7 +88,7 @@ class _Event(msgspec.Struct):
     model: str = ""
     created: int = 0
     usage: Any = None
-    timings: _Timings | None = None
+    timings: Timings | None = None
     prompt_token_ids: list[int] | None = None
     error: Any = None
 

@@ -27,6 +27,10 @@ class Events(Protocol):
     over: bool
     failure: bytes | None
 
+    def usual(self, data: bytes) -> Piece | None:
+        """The quick way for one token like those before it, so never the first of an answer; None for what must be `feed`."""
+        ...
+
     def feed(self, data: bytes) -> list[Piece]: ...
     def close(self) -> list[Piece]: ...
 

@@ -245,6 +245,9 @@ class ResumedEvents:
         base = len(self._going_on.ids)
         return Usage(prompt=self._trail_before.begin.prompt_tokens + base, completion=self._seen, cached=self._cached, resumed=base)
 
+    def usual(self, data: bytes) -> None:
+        """Each event is written anew."""
+
     def feed(self, data: bytes) -> list[Piece]:
         """Raises `ValueError` if one event grows too large, `EngineUnavailable` if the engine's answer is none."""
         return join_pieces(self._pieces(self._cutter.cut(data)))

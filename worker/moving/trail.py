@@ -35,7 +35,9 @@ MAX_NAME = 256
 MAX_REASON = 32
 HASH_BYTES = 8
 MAX_BEGIN_BYTES = 4096
-_TOKEN, _ONE = struct.Struct("<I"), struct.Struct("<BI")
+_TOKEN, _ONE, _short = struct.Struct("<I"), struct.Struct("<BI"), struct.Struct("<BBI").pack
+_SHORT_CHARS = 128 - _EVENT
+"""With fewer than so many characters, what an event begins with is one byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,8 @@ def encode_event(chars: int, ids: Sequence[int]) -> bytes:
 
 def encode_token(chars: int, token: int) -> bytes:
     """The usual event: one token."""
+    if chars < _SHORT_CHARS:
+        return _short(_EVENT + chars, 1, token)
     return _number(_EVENT + chars) + _ONE.pack(1, token)
 
 

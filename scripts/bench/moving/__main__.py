@@ -1,7 +1,7 @@
 """`scripts/bench/run moving`: what a streamed token costs a proxy and a worker whose streams can move, and whose cannot.
 
-Two meshes stand in front of the same engine stand-in, which tells token ids where asked to. They take turns, and each turn's costs are
-held against the other's of the same round, so that what the machine does meanwhile counts for both.
+Two meshes stand in front of the same engine stand-in, which tells token ids where asked to. Both are measured in the same seconds and held
+against each other, so that what the machine does meanwhile counts for both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import signal
 import statistics
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from bench.frontdoor.target import Target, engine
 
 Json = dict[str, Any]
 console = Console(stderr=True)
+APART_S = 0.3
 
 
 def start(stack: ExitStack, engine_port: int, *, moving: bool, cores: tuple[int, ...]) -> Target:
@@ -58,7 +61,7 @@ def ratios(rounds: list[Json]) -> Json:
 
 
 @click.command(help=__doc__)
-@click.option("--streams", default=200, show_default=True, help="Open at once, 50 tokens/s each.")
+@click.option("--streams", default=200, show_default=True, help="Open at once at each of the two, 50 tokens/s each.")
 @click.option("--rounds", default=7, show_default=True, help="How often both are measured.")
 @click.option("--window", "window_s", default=5.0, show_default=True, help="Seconds of one measurement.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
@@ -81,10 +84,15 @@ def main(streams: int, rounds: int, window_s: float, json_file: Path | None) -> 
             targets = [start(stack, engine_port, moving=moving, cores=cores) for moving in (False, True)]
         except infermesh.NotYet as error:
             sys.exit(str(error))
+        both = stack.enter_context(ThreadPoolExecutor(len(targets)))
         for number in range(rounds):
             costs: Json = {}
-            for target in targets if number % 2 else targets[::-1]:
-                result = measure.streams(lab, target, streams, sample=0.1, trials=1)
+            results = []
+            for target in targets if number % 2 else targets[::-1]:  # whose streams are opened first gets its tokens last in each step
+                results.append((target, both.submit(measure.streams, lab, target, streams, sample=0.1, trials=1)))
+                time.sleep(APART_S)
+            for target, measured in results:
+                result = measured.result()
                 if result["errors"]:
                     sys.exit(f"{result['errors']} streams failed")
                 costs[target.name] = each = {who: result["us_each"][who] for who in ("proxy", "worker")}
