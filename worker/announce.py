@@ -15,11 +15,11 @@ from mesh.records import Capability, Load, ModelEntry, State
 from worker.admission import Admission
 from worker.config import WorkerConfig
 from worker.engine import ModelSpec, Supervisor, Task
-from worker.prefill import Prefill
+from worker.prefill import SURPRISE_TOKENS, Prefill
 from worker.pulse import Pulse
 
 LOAD_EVERY_S = 0.05
-"""Load changes within this time go out as one frame."""
+"""Load changes within this time go out as one frame, unless there is news enough to send requests elsewhere."""
 
 
 def about(config: WorkerConfig, supervisor: Supervisor, admission: Admission, capability: Capability, cordoned: str = "") -> About:
@@ -59,7 +59,8 @@ def kv_use(supervisor: Supervisor) -> float:
 class LoadPusher:
     """Pushes LOAD frames on change, each link told how much of the work is its own, and PREFIX frames where what is cached has changed.
 
-    The first change goes out at once and further ones `LOAD_EVERY_S` apart. A link that is new gets all that is held before any change.
+    The first change goes out at once and further ones `LOAD_EVERY_S` apart; `SURPRISE_TOKENS` of new prefill do not wait. A link that is
+    new gets all that is held before any change.
     """
 
     def __init__(self, admission: Admission, supervisor: Supervisor, prefill: Prefill | None = None, pulse: Pulse | None = None) -> None:
@@ -69,14 +70,22 @@ class LoadPusher:
         self._prefill.tell = self.tell
         self._pulse = pulse or Pulse()
         self._due: asyncio.TimerHandle | None = None
+        self._urgent = False
         self._pushed_at = float("-inf")
+        self._pushed_ever = 0
         self._informed: set[Link] = set()
         self.peers: Peers | None = None
 
     def changed(self) -> None:
-        if self._due is None:
-            loop = asyncio.get_running_loop()
-            self._due = loop.call_at(max(loop.time(), self._pushed_at + LOAD_EVERY_S), self._push)
+        urgent = self._prefill.backlog.ever - self._pushed_ever >= SURPRISE_TOKENS
+        if self._due is not None:
+            if not urgent or self._urgent:
+                return
+            self._due.cancel()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._urgent = urgent
+        self._due = loop.call_at(now if urgent else max(now, self._pushed_at + LOAD_EVERY_S), self._push)
 
     def tell(self, link: Link) -> None:
         """Send one link the load as it is now."""
@@ -87,6 +96,7 @@ class LoadPusher:
     def _push(self) -> None:
         self._due = None
         self._pushed_at = asyncio.get_running_loop().time()
+        self._pushed_ever = self._prefill.backlog.ever
         if self._supervisor.load is not None and self._supervisor.load.kv_tokens:
             self._prefill.held.capacity_tokens = self._supervisor.load.kv_tokens
         if self.peers is None:

@@ -170,6 +170,7 @@ class Gateway:
             await self._answer(stream, request, model, None)
             return
         work = self.prefill.arrive(stream.link, request.prompt)
+        self._on_load()
         usage = None
         try:
             usage = await self._answer(stream, request, model, work)

@@ -21,9 +21,9 @@ from worker.backlog import Backlog
 from worker.prefixes import HeldPrefixes
 from worker.usage import Usage
 
-SURPRISE_TOKENS = 4_096
-"""More prefill than this that the proxy did not know of, and its request goes back: about half a second of an 8B model on one GPU,
-hundreds of times the detour."""
+SURPRISE_TOKENS = 1_024
+"""More prefill than this that the proxies do not know of, and a request goes back, and the load goes out at once: about an eighth of a
+second of an 8B model on one GPU, a hundred times the detour."""
 HISTORY = 64
 
 

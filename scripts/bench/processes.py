@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -91,6 +91,38 @@ def favour(pid: int) -> None:
     Linux shares the cores among sessions first (sched_autogroup), so that a process's own nice value says nothing to the others."""
     with suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(FAVOURED_NICE))
+
+
+CPU_GROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
+"""Where control groups that limit CPU time may be made: version 1, version 2."""
+QUOTA_PERIOD_US = 10_000
+
+
+@contextmanager
+def core_share(pids: Iterable[int], share: float) -> Iterator[None]:
+    """Give each process ``share`` of a core at most, all its threads together. Raises OSError where that cannot be had (it needs root)."""
+    base = next((folder for folder in CPU_GROUPS if (folder / "cgroup.procs").exists()), CPU_GROUPS[-1])
+    groups: list[Path] = []
+    quota_us = round(share * QUOTA_PERIOD_US)
+    try:
+        for pid in pids:
+            group = base / f"infermesh-bench-{pid}"
+            group.mkdir()
+            groups.append(group)
+            if (group / "cpu.max").exists():
+                (group / "cpu.max").write_text(f"{quota_us} {QUOTA_PERIOD_US}")
+            else:
+                (group / "cpu.cfs_period_us").write_text(str(QUOTA_PERIOD_US))
+                (group / "cpu.cfs_quota_us").write_text(str(quota_us))
+            (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        for group in groups:
+            for pid in (group / "cgroup.procs").read_text().split():
+                with suppress(OSError):
+                    (base / "cgroup.procs").write_text(pid)
+            with suppress(OSError):
+                group.rmdir()
 
 
 def start(

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from mesh.clock import SystemClock
 from mesh.link.frames import Frame
 from mesh.link.peers import Peers
 from mesh.records import Capability, Load, State
@@ -18,6 +19,7 @@ from worker.admission import Admission
 from worker.announce import LOAD_EVERY_S, LoadPusher, about, kv_use, model_entries
 from worker.config import WorkerConfig
 from worker.engine import EngineLoad, ModelSpec, Readiness, Stage, Supervisor, Task
+from worker.prefill import SURPRISE_TOKENS, Prefill, Prompt
 
 MODEL = ModelSpec(
     name="m",
@@ -113,5 +115,32 @@ def test_changes_of_load_within_a_moment_go_out_as_one_frame_to_each_link_with_i
         dump = (Frame.PREFIX, {"new": True})
         assert links[b"a"].sent == [dump, (Frame.LOAD, one | {"yours": 2}), (Frame.LOAD, none | {"yours": 2})]
         assert links[b"b"].sent == [dump, (Frame.LOAD, one | {"yours": 0}), (Frame.LOAD, none | {"yours": 0})]
+
+    run_streams(scenario)
+
+
+def test_prefill_enough_to_send_requests_elsewhere_is_told_at_once() -> None:
+    async def scenario(loop: StreamLoop) -> None:
+        prefill = Prefill(SystemClock())
+        pusher = LoadPusher(Admission(limit=2, queue_limit=5), as_supervisor(StandInSupervisor()), prefill)
+        alice, bob = StandInLink(1), StandInLink(0)
+        pusher.peers = cast(Peers, SimpleNamespace(links={b"a": alice, b"b": bob}))
+
+        async def told_after(tokens: int) -> list[int]:
+            """What the other link hears at once of so much work that comes now."""
+            bob.sent.clear()
+            size = round(tokens / prefill.held.tokens_per_byte)
+            prefill.arrive(alice, Prompt(chain=(), size_bytes=size, streamed=True))
+            pusher.changed()
+            await asyncio.sleep(LOAD_EVERY_S / 10)
+            return [fields["pre"] > 0 for kind, fields in bob.sent if kind is Frame.LOAD]
+
+        await told_after(0)  # the first change of all never waits
+        assert await told_after(SURPRISE_TOKENS // 2) == []
+        assert await told_after(SURPRISE_TOKENS) == [True]
+        assert await told_after(SURPRISE_TOKENS) == [True]
+        assert await told_after(SURPRISE_TOKENS // 2) == []
+        await asyncio.sleep(2 * LOAD_EVERY_S)
+        assert [kind for kind, _ in bob.sent] == [Frame.LOAD]
 
     run_streams(scenario)
