@@ -49,6 +49,7 @@ class Worker:
         "backlog",
         "elsewhere",
         "failed",
+        "halted",
         "health",
         "in_flight",
         "kv_use",
@@ -72,7 +73,7 @@ class Worker:
         self.health = health or Health()
         self.suspect = ""
         """What speaks against it right now, by its link or its own word; empty if nothing does."""
-        self.stuck = False
+        self.stuck = self.halted = False
         self.listed = True
         self.node_id = record.node_id
         self.rank = int.from_bytes(record.node_id[:8])
@@ -291,7 +292,7 @@ class Fleet:
             number, last = read_int(fields, "n", default=0), read_int(fields, "last", default=0)
             worker.backlog = float(read_int(fields, "pre", default=0, high=10**12))
             worker.rate = float(read_int(fields, "rate", default=0, high=10**9))
-            stuck = read_bool(fields, "stuck", default=False)
+            stuck, worker.halted = read_bool(fields, "stuck", default=False), read_bool(fields, "halted", default=False)
         except MalformedEnvelope as error:
             raise ProtocolError(f"bad LOAD: {error.message}") from None
         worker.elsewhere = max(0, running + waiting - yours)

@@ -15,7 +15,7 @@ from proxy.moves import Passage
 SLOW_CLIENT_BYTES = 64 * 1024
 """With more than this unsent to the client, the worker gets no more credit until it has drained."""
 QUIET_STREAM_S = 10.0
-"""So long a stream that could go on elsewhere waits for an engine that stands still."""
+"""So long a stream that could go on elsewhere waits for an engine that stands still, unless that has been stopped."""
 SLOW_CLIENT_S = 60.0
 """A client that takes not a byte for so long, with an answer waiting for it, is given up."""
 MOST_TOKENS = 10**9
@@ -146,9 +146,11 @@ class Attempt:
             self.fail(UpstreamTimeout(f"the worker gave no sign for {patience_s:.0f} s"))
 
     def _gone_quiet(self, now: float) -> bool:
-        """Whether a stream that had begun should go on elsewhere: later than one that had not, since moving it costs a prefill."""
+        """Whether a stream that had begun should go on elsewhere: later than one that had not, since moving it costs a prefill, and a step
+        over a long prompt looks the same. A stopped process is no step.
+        """
         movable = self._passage is not None and not self._passage.fixed and bool(self._passage.trail)
-        return movable and not self._held and now - self.last_sign_at > QUIET_STREAM_S
+        return movable and not self._held and (self.worker.halted or now - self.last_sign_at > QUIET_STREAM_S)
 
     def measure(self, now: float, tokens: int = 0) -> None:
         """Tell its worker's health how fast the answer has come since this was last called.

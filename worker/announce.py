@@ -91,6 +91,8 @@ class LoadPusher:
         """Send one link the load as it is now."""
         fields = {"run": self._admission.running, "wait": self._admission.waiting, "kv": kv_use(self._supervisor), "yours": link.streams}
         stuck = {"stuck": True} if self._pulse.stuck else {}
+        if self._pulse.halted:
+            stuck["halted"] = True
         link.send_control(Frame.LOAD, {**fields, **self._prefill.load_fields(link), **stuck})
 
     def _push(self) -> None:

@@ -29,6 +29,8 @@ class Pulse:
         self.begun = 0
         self.held = 0
         self.stuck = False
+        self.halted = False
+        """Stuck, and it cannot be otherwise: its process has been stopped."""
         self.quiet_s = 0.0
         """How long it has been quiet that should not be."""
         self.patience_s = PATIENCE_S
@@ -39,7 +41,7 @@ class Pulse:
 
     def reset(self, now: float) -> None:
         """Another life of the engine, or none."""
-        self.stuck = self._tells = self._working = False
+        self.stuck = self.halted = self._tells = self._working = False
         self._since = self._heard_at = now
         self.quiet_s = 0.0
 

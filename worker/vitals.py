@@ -27,6 +27,8 @@ class Patient(Protocol):
     def base_url(self) -> str | None: ...
     @property
     def load(self) -> EngineLoad | None: ...
+    @property
+    def halted(self) -> bool: ...
 
     proofs: int
     heard_at: float
@@ -66,7 +68,7 @@ class Vitals:
 
     def look(self) -> None:
         pulse, engine, now = self._pulse, self._engine, self._clock.monotonic()
-        was_stuck = pulse.stuck
+        was_stuck, was_halted = pulse.stuck, pulse.halted
         if engine.base_url is None:
             pulse.reset(now)
             self._condemned = False
@@ -76,6 +78,7 @@ class Vitals:
             work = self._admission.running - pulse.held
             if pulse.look(now, work=work, steps=steps, proofs=engine.proofs, heard_at=engine.heard_at):
                 engine.doubt()
+            pulse.halted = pulse.stuck and engine.halted
             if pulse.quiet_s > self._stall_s:
                 reason = f"the engine made no step for {pulse.quiet_s:.0f} s"
                 if not self._condemned:
@@ -85,6 +88,9 @@ class Vitals:
                 self._give_up(reason)  # also what comes until the engine has ended
         if pulse.stuck != was_stuck:
             log.log(30 if pulse.stuck else 20, "engine.stuck" if pulse.stuck else "engine.moves", quiet_s=round(pulse.quiet_s, 1))
+        if pulse.halted and not was_halted:
+            log.error("engine.halted", reason="a process of the engine has been stopped (SIGSTOP or a debugger)")
+        if (pulse.stuck, pulse.halted) != (was_stuck, was_halted):
             self._on_change()
 
 

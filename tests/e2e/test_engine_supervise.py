@@ -148,6 +148,18 @@ async def test_engine_killed_is_told_of_at_once_and_comes_back(spec: Callable[..
         assert supervisor.readiness.restarts == 1
 
 
+async def test_engine_whose_process_was_stopped_is_known_to_be(spec: Callable[..., EngineSpec], tmp_path: Path) -> None:
+    async with supervised(spec(), tmp_path) as (supervisor, _):
+        assert not supervisor.halted
+        await supervisor.wait_ready()
+        assert not supervisor.halted
+        for number, halted in ((signal.SIGSTOP, True), (signal.SIGCONT, False)):
+            os.kill(told(supervisor, "pid"), number)
+            async with asyncio.timeout(30):
+                while supervisor.halted is not halted:
+                    await asyncio.sleep(0.01)
+
+
 async def test_engine_wedged_is_restarted_after_three_silent_checks(spec: Callable[..., EngineSpec], tmp_path: Path) -> None:
     hasty = Timing(health_every_s=0.1, suspicion_s=0.02, probe_deadline_s=0.2, backoff_first_s=0.05, grace_s=0.5)
     async with supervised(spec(), tmp_path, hasty) as (supervisor, watch):

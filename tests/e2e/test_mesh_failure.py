@@ -6,6 +6,7 @@ Real processes. How long each takes is measured by `scripts/bench/run failure`; 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 from tests.e2e.conftest import external
 from tests.support import fake_engine
-from tests.support.deployment import Deployment, Node, until
+from tests.support.deployment import Deployment, Node, events, until
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode
 from tests.support.load import Load
 from tests.support.processes import command_line, descendants
@@ -106,20 +107,38 @@ async def test_wedged_engine_is_seen_by_its_worker_and_its_requests_move(deploym
         assert not load.problems
 
 
+async def test_stream_leaves_an_engine_that_was_stopped(deployment: Deployment) -> None:
+    """How soon is measured elsewhere: its worker says that it knows, and does not give the engine up for that."""
+    await deployment.bootstrap()
+    proxy = await deployment.proxy()
+    workers = [await deployment.worker(name, *_vllm("--tokens-per-s", "50"), "--stall-timeout", "60s") for name in ("w1", "w2")]
+    await deployment.until_ready(proxy, *workers)
+    body = {"model": "fake", "messages": [{"role": "user", "content": "Say much"}], "max_tokens": 300, "temperature": 0, "stream": True}
+    headers = {"Authorization": f"Bearer {deployment.key()}"}
+
+    async def ask(*, stop: bool) -> str:
+        said: list[str] = []
+        async with deployment.http.post(f"{proxy.api}/chat/completions", json=body, headers=headers) as response, events(response) as found:
+            victim = next(worker for worker in workers if worker.id.startswith(response.headers["x-mesh-worker"]))
+            async for data in found:
+                if stop and len(said) == 5:
+                    os.kill(_engine_of(victim), signal.SIGSTOP)
+                said.append("" if data == b"[DONE]" else json.loads(data)["choices"][0]["delta"].get("content") or "")
+        if stop:
+            assert "engine.halted" in victim.log.read_text()
+            os.kill(_engine_of(victim), signal.SIGCONT)
+        return "".join(said)
+
+    undisturbed = await ask(stop=False)
+    assert await ask(stop=True) == undisturbed
+    _, status = await deployment.get(f"{proxy.root}/mesh/v1/status", deployment.key())
+    assert status["proxy"]["streams"]["moved"] == 1
+
+
 async def test_engine_that_stands_still_for_long_is_restarted(deployment: Deployment) -> None:
     await deployment.bootstrap()
     proxy = await deployment.proxy()
-    vllm = (
-        "--engine",
-        "vllm",
-        "--vllm-command",
-        f"{sys.executable} {fake_engine.__file__}",
-        "--model",
-        "test/fake",
-        "--served-name",
-        "fake",
-    )
-    worker = await deployment.worker("w1", *vllm, "--stall-timeout", "4s")
+    worker = await deployment.worker("w1", *_vllm(), "--stall-timeout", "4s")
     await deployment.until_ready(proxy, worker)
     engine = _engine_of(worker)
     key = deployment.key()
@@ -151,6 +170,12 @@ async def test_worker_that_becomes_ten_times_slower_is_taken_out_and_comes_back(
         assert not load.problems
         async with deployment.http.get(f"{three.proxy.root}/metrics") as response:
             assert 'infermesh_ejections_total{cause="slow"}' in await response.text()
+
+
+def _vllm(*arguments: str) -> tuple[str, ...]:
+    """A worker with a stand-in for vLLM as its child."""
+    command = " ".join((sys.executable, str(fake_engine.__file__), *arguments))
+    return "--engine", "vllm", "--vllm-command", command, "--model", "test/fake", "--served-name", "fake"
 
 
 def _engine_of(worker: Node) -> int:

@@ -90,6 +90,7 @@ def examples() -> dict[str, tuple[Frame, int, bytes]]:
         "prefixes, all": (Frame.PREFIX, 0, {"new": True, "add": bytes(range(16))}),
         "prefixes, a change": (Frame.PREFIX, 0, {"add": bytes(range(16, 24)), "del": bytes(range(8))}),
         "load of a worker whose engine stands still": (Frame.LOAD, 0, {"run": 3, "wait": 1, "kv": 0.25, "yours": 2, "stuck": True}),
+        "load of a worker whose engine was stopped": (Frame.LOAD, 0, {"run": 3, "wait": 1, "yours": 2, "stuck": True, "halted": True}),
         "open of a request with a deadline": (Frame.OPEN, 11, {**request, "dl": 30_000}),
         "open of a call of an endpoint": (Frame.OPEN, 13, {**request, "ep": "chat"}),
         "an order": (Frame.ORDER, 0, {"order": bytes.fromhex(vectors.read("order.json")["order"])}),

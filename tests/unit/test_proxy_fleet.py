@@ -422,10 +422,15 @@ def test_worker_whose_engine_stands_still_says_so_and_gets_nothing_until_it_move
     timed.pass_s(5)
     assert timed.candidates() == "b"
     assert timed.fleet.watch.ejections == {Cause.STUCK: 1}
+    timed.fleet.on_load(as_link(timed.links["a"]), {**load, "stuck": True, "halted": True})
+    assert [worker.halted for worker in timed.fleet.workers.values()].count(True) == 1
     timed.fleet.on_load(as_link(timed.links["a"]), load)
+    assert not any(worker.halted for worker in timed.fleet.workers.values())
     assert timed.candidates() == "ab"
     with pytest.raises(ProtocolError):
         timed.fleet.on_load(as_link(timed.links["a"]), {**load, "stuck": 1})
+    with pytest.raises(ProtocolError):
+        timed.fleet.on_load(as_link(timed.links["a"]), {**load, "halted": "yes"})
 
 
 def test_ejected_worker_is_no_candidate_nor_holder_and_gets_one_request_on_trial() -> None:

@@ -33,7 +33,7 @@ class Stage:
         self.transport = ClientTransport(slow=slow)
         self.request = ClientRequest(self.transport)
         self.downstream = Downstream(cast(web.BaseRequest, self.request), self.transport, keep_alive=True)
-        worker = cast(Worker, type("Linked", (), {"link": pair.alice, "stuck": False, "health": Health()})())
+        worker = cast(Worker, type("Linked", (), {"link": pair.alice, "stuck": False, "halted": False, "health": Health()})())
         self.began = asyncio.get_running_loop().time()
         self.attempt = Attempt(worker, self.downstream, "x-request-id: req_1\r\n", loop=asyncio.get_running_loop(), now=self.began)
         self.running: asyncio.Task[dict[str, Any]] | None = None
@@ -326,8 +326,13 @@ async def test_request_moves_from_an_engine_that_stands_still_if_it_may_and_has_
         assert isinstance(await stage.error(), WorkerLost)
 
 
-@pytest.mark.parametrize(("fixed", "after_s", "moves"), [("", 9.0, False), ("", 12.0, True), ("tools", 12.0, False)])
-async def test_stream_that_has_begun_waits_longer_and_moves_only_if_it_can(stage: Stage, fixed: str, after_s: float, moves: bool) -> None:
+@pytest.mark.parametrize(
+    ("fixed", "halted", "after_s", "moves"),
+    [("", False, 9.0, False), ("", False, 12.0, True), ("tools", False, 12.0, False), ("", True, 2.0, True), ("tools", True, 12.0, False)],
+)
+async def test_stream_that_has_begun_waits_longer_and_moves_only_if_it_can(
+    stage: Stage, fixed: str, halted: bool, after_s: float, moves: bool
+) -> None:
     passage = Moves(Fleet(on_record=lambda record: None), enabled=True).passage(cast(Call, type("Call", (), {"stream": True})()), "req_1")
     assert passage is not None
     stage.attempt._passage = passage
@@ -336,8 +341,9 @@ async def test_stream_that_has_begun_waits_longer_and_moves_only_if_it_can(stage
     stream.send_head({"status": 200, "type": "text/event-stream"} | ({"fixed": fixed} if fixed else {}))
     stream.send_now(b"data: {}\n\n")
     await stage.pair.settle()
-    passage.trail += b"trail"
     assert stage.check(0.5), "its bytes are a sign"
+    passage.trail += b"trail"
+    stage.attempt.worker.halted = halted
     assert stage.check(after_s) is not moves
     if moves:
         assert isinstance(await stage.error(), WorkerLost)

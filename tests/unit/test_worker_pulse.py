@@ -124,6 +124,7 @@ class Engine:
     load: EngineLoad | None = field(default_factory=lambda: EngineLoad(running=1, waiting=0, steps=(1,)))
     proofs: int = 0
     heard_at: float = 0.0
+    halted: bool = False
     doubts: int = 0
     condemned: list[str] = field(default_factory=list)
 
@@ -160,6 +161,40 @@ async def test_stuck_engine_is_told_doubted_and_at_last_condemned() -> None:
         vitals.look()
         assert told == [True, False]
         await asyncio.sleep(0)
+
+
+async def test_quiet_engine_whose_process_was_stopped_is_told_to_be_halted_and_a_long_step_is_not() -> None:
+    clock, engine, pulse, admission = StoppedClock(100.0), Engine(), Pulse(), Admission(limit=4, queue_limit=0)
+    told: list[tuple[bool, bool]] = []
+    vitals = Vitals(
+        engine,
+        pulse,
+        admission,
+        stall_s=60.0,
+        on_change=lambda: told.append((pulse.stuck, pulse.halted)),
+        give_up=lambda reason: None,
+        clock=clock,
+    )
+    pulse.reset(clock.now)
+
+    def look(seconds: float) -> None:
+        until = clock.now + seconds
+        while clock.now < until:
+            clock.now += 0.5
+            vitals.look()
+
+    async with admission.slot():
+        engine.halted = True
+        look(2)
+        assert told == [], "stopped for a moment, and nobody has missed anything yet"
+        look(2)
+        assert told == [(True, True)]
+        engine.halted = False
+        pulse.signs += 1
+        look(1)
+        assert told[1:] == [(False, False)]
+        look(20)
+        assert told[2:] == [(True, False)], "a step may last: without a stopped process nobody knows"
 
 
 def test_embedded_engine_on_processors_gets_more_time_unless_told_otherwise() -> None:

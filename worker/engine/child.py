@@ -47,6 +47,22 @@ def describe_exit(code: int, tail: Iterable[str]) -> str:
     return f"the engine {what}" + (f": {said}" if said else "")
 
 
+def is_halted(group: int, proc: Path = Path("/proc")) -> bool:
+    """Whether a process of that group has been stopped, by a signal or a debugger: it computes nothing until it is let go on. False
+    wherever the kernel does not tell."""
+    with suppress(OSError):
+        return any(_is_stopped_in(entry, group) for entry in os.scandir(proc) if entry.name.isdigit())
+    return False
+
+
+def _is_stopped_in(process: os.DirEntry[str], group: int) -> bool:
+    try:
+        state, _, its_group = Path(process.path, "stat").read_bytes().rpartition(b")")[2].split()[:3]
+    except (OSError, ValueError):
+        return False
+    return state in (b"T", b"t") and int(its_group) == group
+
+
 class ChildExited(EngineError):
     """The engine's process is gone; `status` as `describe_exit` reads it."""
 

@@ -25,7 +25,7 @@ import structlog
 from mesh.clock import Clock, SystemClock
 from mesh.errors import EngineError, ModelSourceError
 from worker.engine.base import Command, Engine, EngineLoad, ModelSpec, Readiness, Stage, Task
-from worker.engine.child import ChildExited, describe_exit, reserve_port, running
+from worker.engine.child import ChildExited, describe_exit, is_halted, reserve_port, running
 from worker.engine.logfile import EngineLog
 from worker.engine.probe import Probe, Refused, session
 from worker.models import ResolvedModel
@@ -148,6 +148,11 @@ class Supervisor:
     def pid(self) -> int | None:
         """The engine's process group; None while it does not run or runs elsewhere."""
         return self._pid
+
+    @property
+    def halted(self) -> bool:
+        """Whether one of its processes has been stopped; looks at every process of this machine. False of one that runs elsewhere."""
+        return self._pid is not None and is_halted(self._pid)
 
     async def wait_ready(self) -> None:
         """Return when the engine is ready. The caller sets the deadline. Raises EngineError when it has failed, or is
