@@ -18,7 +18,7 @@ import msgpack
 from mesh.claims import read_bool, read_bytes, read_int, read_str
 from mesh.documents import ENDPOINT_KIND, NEVER, Document
 from mesh.envelope import parse_payload
-from mesh.errors import MalformedEnvelope
+from mesh.errors import MalformedEnvelope, UsageError
 from mesh.limits import Limit, encode_limit, parse_limit
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -102,6 +102,16 @@ def parse_endpoint(document: Document) -> Endpoint | None:
         limit=parse_limit(limit) if limit is not None else Limit(),
         recording=_parse_recording(recording) if recording is not None else None,
     )
+
+
+def changeable_endpoint(document: Document | None, project: str, name: str) -> Endpoint:
+    """The endpoint that a new version is to be made of. Raises `UsageError` where there is none, or one that would lose something."""
+    endpoint = parse_endpoint(document) if document is not None else None
+    if document is None or endpoint is None:
+        raise UsageError(f"the project '{project}' has no endpoint '{name}': `mesh endpoint create` makes one")
+    if unknown_fields(document.body):
+        raise UsageError("this endpoint says more than this version of mesh knows of: change it with a newer one")
+    return endpoint
 
 
 def unknown_fields(body: bytes) -> set[str]:

@@ -1,7 +1,8 @@
 """Documents over HTTP: how operators write them into the mesh and read them back.
 
 What authorizes a write is the document's own signature, not an API key: whoever may sign for the mesh may post from anywhere, and a proxy
-adds nothing to what was signed. Reading takes the role viewer, and a key sees the documents of the mesh and of its own project.
+adds nothing to what was signed. Reading takes the role viewer, and a key sees the documents of the mesh and of its own project; what the
+operator allows another project is not for it to see.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from mesh.errors import (
     SlowRequest,
     TrustError,
 )
+from mesh.limits import KIND as LIMITS_KIND
+from mesh.limits import PROJECT_PREFIX
 from mesh.trust import Trust
 from proxy.access import Routes
 from proxy.gate import Gate
@@ -113,7 +116,9 @@ class DocumentRoutes:
     async def list(self, request: web.BaseRequest, request_id: str) -> web.Response:
         """The newest version of each that is held here; ``?kind=`` chooses."""
         held = [
-            document for document in self._keeper.held_documents(request.query.get("kind", "")) if self._shows(request, document.project)
+            document
+            for document in self._keeper.held_documents(request.query.get("kind", ""))
+            if self._shows(request, subject_of(document.kind, document.name, document.project))
         ]
         listed = [_about(document) for document in sorted(held, key=lambda item: (item.kind, item.project, item.name))]
         return web.json_response({"documents": listed}, headers={"x-request-id": request_id})
@@ -122,7 +127,7 @@ class DocumentRoutes:
         """One document: JSON, or with ``Accept: application/octet-stream`` the signed bytes. ``?project=``, ``?seq=``, ``?history=1``."""
         kind, _, name = request.path.removeprefix(PATH + "/").partition("/")
         project = request.query.get("project", "")
-        if not self._shows(request, project):
+        if not self._shows(request, subject_of(kind, name, project)):
             raise DocumentNotFound(f"There is no document {kind[:32]}/{name[:128]} that this key may read")
         if request.query.get("history"):
             return await self._history(kind, name, project, request_id)
@@ -141,11 +146,16 @@ class DocumentRoutes:
         return web.json_response({"kind": kind, "name": name, "versions": listed}, headers={"x-request-id": request_id})
 
     def _shows(self, request: web.BaseRequest, project: str) -> bool:
-        """Whether the key may read documents of a project; those of the mesh all may."""
+        """Whether the key may read what concerns a project; what concerns none, all may."""
         return not project or self._gate.project(self._gate.authenticate(request.headers.get("Authorization"))) in (None, project)
 
     def routes(self) -> Routes:
         return {PATH: {"POST": self.post, "GET": self.list}, PATH + "/": {"GET": self.get}}
+
+
+def subject_of(kind: str, name: str, project: str) -> str:
+    """Whose matter a document is: its project's, or the one's whose limits the operator sets in it; empty for everybody's."""
+    return project or (name.removeprefix(PROJECT_PREFIX) if kind == LIMITS_KIND and name.startswith(PROJECT_PREFIX) else "")
 
 
 def _about(document: Document) -> dict[str, Any]:

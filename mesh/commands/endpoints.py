@@ -21,7 +21,7 @@ from mesh.commands.asking import operates
 from mesh.commands.documents import OWN_PROJECT, change_document, operator_settings
 from mesh.commands.limits import COLUMNS, amount_options, read_amounts
 from mesh.commands.prompts import load_prompt_key
-from mesh.commands.shared import Duration, F, MeshCommand, json_option, note, print_json, print_table, run, short
+from mesh.commands.shared import Duration, F, MeshCommand, day, json_option, lasting, note, print_json, print_table, run, short
 from mesh.commands.user import access_options, get, objects
 from mesh.documents import ENDPOINT_KIND, MAX_PROJECT_CHARS, Document
 from mesh.endpoints import (
@@ -32,9 +32,9 @@ from mesh.endpoints import (
     NAME,
     Endpoint,
     Recording,
+    changeable_endpoint,
     encode_endpoint,
     parse_endpoint,
-    unknown_fields,
 )
 from mesh.errors import ConfigError, TrustError, UsageError
 from mesh.identity import write_private
@@ -128,11 +128,7 @@ def set_endpoint(
     authority, owner = _signing(home), _project(project, home, api_key)
 
     def change(former: Document | None) -> bytes:
-        found = parse_endpoint(former) if former is not None else None
-        if former is None or found is None:
-            raise UsageError(f"the project '{owner}' has no endpoint '{name}': `mesh endpoint create` makes one")
-        if unknown_fields(former.body):
-            raise UsageError("this endpoint says more than this version of mesh knows of: change it with a newer one")
+        found = changeable_endpoint(former, owner, name)
         return encode_endpoint(
             _changed(found if model is None else replace(found, model=short("--model", model, MAX_MODEL_CHARS)), content)
         )
@@ -190,18 +186,20 @@ def show(name: str, project: str | None, url: str | None, api_key: str | None, h
         return
     limits = {limit: value for limit, value in _limits(entry).items() if limit in COLUMNS}
     shown = {**entry, "limits": ", ".join(f"{limit} {value:g}" for limit, value in limits.items()), "prompts": _prompts(entry)}
+    shown |= {"timeout": _timeout(entry), "issued": day(entry["issued"]) if isinstance(entry.get("issued"), int | float) else ""}
+    shown.pop("timeout_s", None)
+    shown["ready"] = "yes" if entry.get("ready") else "no"
     print_table(("endpoint", ""), [(field, value) for field, value in shown.items() if value not in (None, "")])
 
 
 def _row(entry: dict[str, Any]) -> tuple[Any, ...]:
     limits = " ".join(f"{name}={value:g}" for name, value in _limits(entry).items())
-    timeout = f"{entry['timeout_s']:g}s" if entry.get("timeout_s") else ""
     return (
         entry.get("project"),
         entry.get("name"),
         entry.get("model"),
         "yes" if entry.get("ready") else "no",
-        timeout,
+        _timeout(entry),
         limits,
         _prompts(entry),
     )
@@ -214,7 +212,12 @@ def _limits(entry: dict[str, Any]) -> dict[str, float]:
 
 def _prompts(entry: dict[str, Any]) -> str:
     kept = entry.get("prompts")
-    return f"{kept.get('mode')} for {kept.get('keep_s')}s" if isinstance(kept, dict) else ""
+    return f"{kept.get('mode')} for {lasting(float(kept.get('keep_s') or 0))}" if isinstance(kept, dict) else ""
+
+
+def _timeout(entry: dict[str, Any]) -> str:
+    timeout_s = entry.get("timeout_s")
+    return lasting(timeout_s) if isinstance(timeout_s, int | float) and timeout_s else ""
 
 
 def _read(home: Path, url: str | None, api_key: str | None) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from mesh.client import Client
 from mesh.commands.documents import change_document, operator_settings, read_document
 from mesh.commands.shared import F, MeshCommand, home_option, json_option, note, print_json, print_table, short
 from mesh.commands.user import cell, objects
-from mesh.documents import MAX_PROJECT_CHARS, Document
+from mesh.documents import ENDPOINT_KIND, MAX_PROJECT_CHARS, Document
+from mesh.endpoints import NAME, changeable_endpoint, encode_endpoint, parse_endpoint
 from mesh.errors import UsageError
 from mesh.limits import DEFAULT_NAME, KIND, MODELS_NAME, OWN_NAME, PROJECT_PREFIX, Limit, Limits, encode_limits, parse_limits, project_name
 
@@ -45,6 +46,7 @@ class Amount(click.ParamType[float]):
 
 def subject_options(command: F) -> F:
     for decorate in (
+        click.option("--endpoint", metavar="NAME", help="With --project: only for calls of this endpoint."),
         click.option("--own", is_flag=True, help="With --project: limits the project sets itself, besides the operator's."),
         click.option("--model", metavar="M", help="Only for this model; without --project, for all who use it together."),
         click.option("--default", "default", is_flag=True, help="Every project without limits of its own."),
@@ -101,6 +103,7 @@ def set_limits(
     default: bool,
     model: str | None,
     own: bool,
+    endpoint: str | None,
     url: str | None,
     home: Path,
     as_json: bool,
@@ -108,16 +111,22 @@ def set_limits(
 ) -> None:
     """Change the limits that are named and leave the others; 'none' takes one away.
 
-    What is not limited is free: a mesh begins without limits. A limit of 0 lets nothing pass.
+    What is not limited is free: a mesh begins without limits. A limit of 0 lets nothing pass. Those of an endpoint are a part of it, as
+    `mesh endpoint set` writes it.
     """
-    name, owner = _document(project, default=default, model=model, own=own)
     changes = read_amounts(amounts)
+    if endpoint is not None and (default or own or model is not None or project is None):
+        raise UsageError("--endpoint NAME goes with --project P alone: whose endpoint it is")
+    name, owner = _document(project, default=default, model=model, own=own)
     if not changes:
         raise UsageError(
             "say which limit to change: --rps N, --tps N, --concurrency N, --tokens-per-day N, --money-per-month N or --burst N"
         )
     if name == MODELS_NAME and model is None:
-        raise UsageError("for whom? --project P, --default or --model M")
+        raise UsageError("for whom? --project P, --default, --model M, or --project P --endpoint NAME")
+    if endpoint is not None and project is not None:
+        _set_endpoint(project, endpoint, changes, home, url, as_json)
+        return
 
     def change(former: Document | None) -> bytes:
         found = parse_limits(former.body) if former is not None else Limits()
@@ -143,10 +152,20 @@ def set_limits(
 @url_option
 @home_option
 @json_option
-def get_limits(project: str | None, default: bool, model: str | None, own: bool, url: str | None, home: Path, as_json: bool) -> None:
-    """Show what holds for a project: its own limits or else the default, what it sets itself, and what its models may serve in all."""
-    if own and not project:
-        raise UsageError("--own goes with --project P")
+def get_limits(
+    project: str | None,
+    default: bool,
+    model: str | None,
+    own: bool,
+    endpoint: str | None,
+    url: str | None,
+    home: Path,
+    as_json: bool,
+) -> None:
+    """Show what holds for a project: its own limits or else the default, what it sets itself, what its models may serve in all, and what
+    its endpoints say."""
+    if (own or endpoint is not None) and not project:
+        raise UsageError("--own and --endpoint go with --project P")
     wanted = [(DEFAULT_NAME, ""), (MODELS_NAME, "")] if not project else [(project_name(project), ""), (OWN_NAME, project)]
     if default:
         wanted = [(DEFAULT_NAME, "")]
@@ -156,10 +175,17 @@ def get_limits(project: str | None, default: bool, model: str | None, own: bool,
         wanted = [(OWN_NAME, project)]
     elif model:
         wanted = [(MODELS_NAME, "")]
-    found = _run(home, url, lambda client, authority: _read(client, authority, wanted), project=project or "")
+    if endpoint is not None:
+        wanted = []
+
+    async def main(client: Client, authority: Authority) -> tuple[dict[tuple[str, str], Limits], list[dict[str, Any]]]:
+        entries = await _endpoints(client, project) if project and not own and not default and model is None else []
+        return await _read(client, authority, wanted), [entry for entry in entries if endpoint in (None, entry["name"])]
+
+    found, endpoints = _run(home, url, main, project=project or "")
     if project and (project_name(project), "") in found:
         found.pop((DEFAULT_NAME, ""), None)
-    _show(found, as_json, model)
+    _show(found, endpoints, as_json, model)
 
 
 @limits.command("list", cls=MeshCommand, epilog="Example: mesh limits list --json")
@@ -167,13 +193,57 @@ def get_limits(project: str | None, default: bool, model: str | None, own: bool,
 @home_option
 @json_option
 def list_limits(url: str | None, home: Path, as_json: bool) -> None:
-    """List all limits there are."""
+    """List all limits there are, those of endpoints among them."""
 
-    async def main(client: Client, authority: Authority) -> dict[tuple[str, str], Limits]:
+    async def main(client: Client, authority: Authority) -> tuple[dict[tuple[str, str], Limits], list[dict[str, Any]]]:
         listed = objects(await client.get(f"/mesh/v1/documents?kind={KIND}"), "documents")
-        return await _read(client, authority, [(str(entry.get("name")), str(entry.get("project") or "")) for entry in listed])
+        wanted = [(str(entry.get("name")), str(entry.get("project") or "")) for entry in listed]
+        return await _read(client, authority, wanted), await _endpoints(client)
 
-    _show(_run(home, url, main), as_json, None)
+    _show(*_run(home, url, main), as_json, None)
+
+
+def _set_endpoint(project: str, endpoint: str, changes: dict[str, float | None], home: Path, url: str | None, as_json: bool) -> None:
+    if NAME.fullmatch(endpoint) is None:
+        raise UsageError("an endpoint's name is 1 to 63 letters, digits, '.', '_' or '-'")
+
+    def change(former: Document | None) -> bytes:
+        found = changeable_endpoint(former, project, endpoint)
+        return encode_endpoint(replace(found, limit=replace(found.limit, **changes)))
+
+    async def main(client: Client, authority: Authority) -> tuple[Document, dict[str, Any]]:
+        return await change_document(client, authority, ENDPOINT_KIND, endpoint, change, project=project)
+
+    document, answer = _run(home, url, main, project=project)
+    written = parse_endpoint(document)
+    limit = written.limit if written is not None else Limit()
+    if as_json:
+        told = {"name": endpoint_name(endpoint), "project": project, "seq": document.seq, "holders": answer.get("holders")}
+        print_json({**told, "limits": limit.describe()})
+        return
+    print_table(("whose", "model", *COLUMNS), [_endpoint_row(project, endpoint, limit.describe())])
+    note(f"version {document.seq} of the endpoint, on its way to every proxy")
+
+
+async def _endpoints(client: Client, project: str | None = None) -> list[dict[str, Any]]:
+    """Name, project and limits of the endpoints that have limits, of one project or of all that the key may see."""
+    listed = objects(await client.get("/mesh/v1/endpoints"), "endpoints")
+    return [
+        {"name": str(entry.get("name")), "project": str(entry.get("project")), "limits": limits}
+        for entry in listed
+        if isinstance(limits := entry.get("limits"), dict) and limits and project in (None, entry.get("project"))
+    ]
+
+
+def endpoint_name(endpoint: str) -> str:
+    """How an endpoint stands beside the documents of limits."""
+    return f"endpoint:{endpoint}"
+
+
+def _endpoint_row(project: str, endpoint: str, limits: Mapping[str, Any]) -> tuple[Any, ...]:
+    values = (limits.get(column) for column in COLUMNS)
+    shown = (_number(float(value)) if isinstance(value, int | float) else "" for value in values)
+    return (cell(f"{project}, endpoint {endpoint}"), "", *shown)
 
 
 def _document(project: str | None, *, default: bool, model: str | None, own: bool) -> tuple[str, str]:
@@ -200,13 +270,14 @@ async def _read(client: Client, authority: Authority, wanted: list[tuple[str, st
     return found
 
 
-def _show(found: dict[tuple[str, str], Limits], as_json: bool, model: str | None) -> None:
+def _show(found: dict[tuple[str, str], Limits], endpoints: list[dict[str, Any]], as_json: bool, model: str | None) -> None:
     if as_json:
-        print_json(
-            {"limits": [{"name": name, "project": project, **limits.describe()} for (name, project), limits in sorted(found.items())]}
-        )
+        told = [{"name": name, "project": project, **limits.describe()} for (name, project), limits in sorted(found.items())]
+        told += [{"name": endpoint_name(entry["name"]), "project": entry["project"], **entry["limits"]} for entry in endpoints]
+        print_json({"limits": told})
         return
     rows = [row for (name, project), limits in sorted(found.items()) for row in _rows(name, project, limits) if model in (None, row[1])]
+    rows += [_endpoint_row(entry["project"], entry["name"], entry["limits"]) for entry in endpoints]
     if not rows:
         note("no limits: everybody may use all there is; `mesh limits set --default --rps 100 --tps 10k` changes that")
     print_table(("whose", "model", *COLUMNS), rows)

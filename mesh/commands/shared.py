@@ -109,6 +109,14 @@ def ago(moment: float, now: float) -> str:
     return f"in {amount}" if moment >= now else f"{amount} ago"
 
 
+def lasting(seconds: float) -> str:
+    """As `Duration` reads it, in the largest unit of which it is a whole number: ``7d``, ``90m``, ``1.5s``."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size and seconds % size == 0:
+            return f"{int(seconds // size)}{unit}"
+    return f"{seconds:g}s"
+
+
 def day(moment: float) -> str:
     """``2026-11-21 10:07`` in the local zone."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))

@@ -61,7 +61,16 @@ async def test_an_endpoint_is_made_called_limited_and_logged(deployment: Deploym
         assert called.headers["x-ratelimit-limit-requests"] == "50"
         assert (await deployment.get(f"{one.api}/models/chat", deployment.key(project="ads")))[0] == 404
 
-        await mesh(deployment.home, other, "endpoint", "set", "chat", "--project", "search", "--rps", "none", "--tokens-per-day", "10")
+        of_endpoint = ("--project", "search", "--endpoint", "chat")
+        held = await mesh(deployment.home, one, "limits", "set", *of_endpoint, "--rps", "none", "--tokens-per-day", "10")
+        assert (held["limits"], held["seq"]) == ({"tokens_per_day": 10}, 2)
+        for arguments in (("get", *of_endpoint), ("get", "--project", "search"), ("list",)):
+
+            async def told(arguments: tuple[str, ...] = arguments) -> bool:
+                answer = await mesh(deployment.home, other, "limits", *arguments)
+                return bool(answer["limits"] == [{"name": "endpoint:chat", "project": "search", "tokens_per_day": 10}])
+
+            await until(told, what="the other proxy to tell of the endpoint's limits")
         refused: list[openai.RateLimitError] = []
 
         async def spent() -> bool:

@@ -141,6 +141,10 @@ def test_commands_say_what_is_missing(tmp_path: Path) -> None:
         ["--project", "p"],
         ["--project", "p", "--default", "--rps", "5"],
         ["--own", "--rps", "5"],
+        ["--endpoint", "chat", "--rps", "5"],
+        ["--endpoint", "chat", "--project", "p", "--model", "m", "--rps", "5"],
+        ["--endpoint", "a/b", "--project", "p", "--rps", "5"],
+        ["--endpoint", "chat", "--project", "p"],
         ["--project", "p", "--rps", "many"],
         ["--project", "p", "--burst", "0"],
     ):

@@ -38,8 +38,8 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-def write(former: Document | None = None, body: bytes = b"limits", *, project: str = "") -> Document:
-    version = next_version(former, kind="limits", name="default", project=project, body=body, now=time.time())
+def write(former: Document | None = None, body: bytes = b"limits", *, project: str = "", name: str = "default") -> Document:
+    version = next_version(former, kind="limits", name=name, project=project, body=body, now=time.time())
     return seal_document(version, MESH.keys_issuer, KEYS_KID)
 
 
@@ -87,6 +87,12 @@ async def test_documents_of_a_project_are_apart_and_its_own_matter(http: aiohttp
             assert (await read(http, front, f"{PATH}/limits/default?project=search{query}", **may_not))[0] == 404
         _, body = await read(http, front, f"{PATH}?kind=limits", **may_not)
         assert [entry["project"] for entry in body["documents"]] == [""]
+    await posted(http, front, write(name="project:search", body=b"granted").signed)
+    for may, seen in ((bearer("search", "viewer"), 200), (bearer("mesh", "admin"), 200), (bearer("p", "viewer"), 404)):
+        for query in ("", "?history=1"):
+            assert (await read(http, front, f"{PATH}/limits/project:search{query}", **may))[0] == seen
+        _, body = await read(http, front, f"{PATH}?kind=limits", **may)
+        assert ("project:search" in [entry["name"] for entry in body["documents"]]) == (seen == 200)
     assert (await read(http, front, f"{PATH}?kind=other"))[1] == {"documents": []}
     assert (await read(http, front, f"{PATH}/limits/other"))[0] == 404
     assert (await read(http, front, f"{PATH}/limits/default?seq=x"))[0] == 400
