@@ -125,41 +125,63 @@ class Noted:
         assert key is not None
         if not model.isprintable() or len(model) > MAX_NAME:
             model = _printable(model)
-        slip = Slip(self.id, 0, at, True, key.project, key.id, self.task, took_ms, at + took_ms, model, self.endpoint)
-        status = self.status
-        if attempted is None:
-            slip.fin = True
-            if self.notes:  # they have receipts of their own, by which it is charged
-                slip.peer, slip.own, slip.out = self.notes[-1].worker, True, sum(note.pieces for note in self.notes)
-        else:
-            slip.n, slip.peer = attempted.number, attempted.worker
-            if attempted.final:
-                slip.fin = True
-            else:
+        status, peer, final, own, number = self.status, b"", True, False, 0
+        pieces = sent = first_ms = prompt = cached = completion = reasoning = resumed = 0
+        if attempted is not None:
+            number, peer, final, trailer = attempted.number, attempted.worker, attempted.final, attempted.trailer
+            if not final:
                 status = attempted.status
             if attempted.first_at is not None:
-                slip.ev, slip.b = attempted.pieces, attempted.sent
-                slip.first = int((attempted.first_at - self.started) * 1000 + 0.5)
-            trailer = attempted.trailer
+                pieces, sent = attempted.pieces, attempted.sent
+                first_ms = int((attempted.first_at - self.started) * 1000 + 0.5)
             if trailer is None:
                 opening = 1 if self.task == _CHAT else 0  # a chat's first event names the role and holds no token
-                slip.own, slip.base = True, attempted.resumed
-                slip.out = attempted.tokens if attempted.tokens is not None else max(0, attempted.pieces - opening)
-            else:  # a worker's END says these by the same names; what is nonsense counts as nothing
-                claimed = trailer.get
-                if (count := claimed("in")) and type(count) is int and 0 < count <= MAX_TOKENS:
-                    slip.prompt = count
-                if (count := claimed("out")) and type(count) is int and 0 < count <= MAX_TOKENS:
-                    slip.out = count
-                if (count := claimed("cached")) and type(count) is int and 0 < count <= MAX_TOKENS:
-                    slip.cached = count
-                if (count := claimed("think")) and type(count) is int and 0 < count <= MAX_TOKENS:
-                    slip.think = count
-                if (count := claimed("base")) and type(count) is int and 0 < count <= MAX_TOKENS:
-                    slip.base = count
-        if status != "ok":
-            slip.st = status
+                own, resumed = True, attempted.resumed
+                completion = attempted.tokens if attempted.tokens is not None else max(0, pieces - opening)
+            else:
+                prompt, completion, cached = trailer.get("in", 0), trailer.get("out", 0), trailer.get("cached", 0)
+                if not (
+                    type(prompt) is type(completion) is type(cached) is int
+                    and 0 <= prompt <= MAX_TOKENS
+                    and 0 <= completion <= MAX_TOKENS
+                    and 0 <= cached <= MAX_TOKENS
+                ):
+                    prompt, completion, cached = _sound(prompt), _sound(completion), _sound(cached)
+                if "think" in trailer or "base" in trailer:
+                    reasoning, resumed = _sound(trailer.get("think")), _sound(trailer.get("base"))
+        elif self.notes:  # they have receipts of their own, by which it is charged
+            peer, own, completion = self.notes[-1].worker, True, sum(note.pieces for note in self.notes)
+        slip = Slip(
+            self.id,
+            number,
+            at,
+            True,
+            key.project,
+            key.id,
+            self.task,
+            took_ms,
+            at + took_ms,
+            model,
+            self.endpoint,
+            "" if status == "ok" else status,
+            final,
+            own,
+            peer,
+            pieces,
+            sent,
+            first_ms,
+            prompt,
+            cached,
+            completion,
+            reasoning,
+            resumed,
+        )
         return (at, pack_receipt(slip))
+
+
+def _sound(count: Any) -> int:
+    """What a worker says of tokens; what is nonsense counts as nothing."""
+    return count if type(count) is int and 0 < count <= MAX_TOKENS else 0
 
 
 class Meter:
