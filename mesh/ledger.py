@@ -36,7 +36,7 @@ from mesh.receipts import Proof, Row, batch_digest, pack_proof, parse_receipt, s
 log = structlog.get_logger(__name__)
 
 LEDGER_FILE = "receipts.db"
-COMMIT_EVERY_S = 0.1
+COMMIT_EVERY_S = 0.2
 SIGN_EVERY_S = 1.0
 RETRY_S = 1.0
 MAX_WAITING = 50_000
@@ -52,7 +52,7 @@ PAGE_RECEIPTS = 2_000
 MAX_PROOFS = 16
 
 SLOT_MS = 100
-"""As long as commits are apart: shorter ones make more packs of a commit, longer ones more work of a page."""
+"""Half as long as commits are apart: shorter ones make more packs of a commit, longer ones more work of a page."""
 CACHE_KIB = 512
 """Of the file's pages, for each of two connections. What is written is not read again soon, and SQLite's own 2 MiB fill within the hour."""
 FORMAT = 3

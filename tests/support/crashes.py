@@ -66,7 +66,7 @@ class CountingEngine(FakeEngine):
 PROBLEMS = ("lost", "twice", "missing", "miscounted", "overcharged", "undercharged", "flagged", "broken")
 READ_EVERY_S = 0.1
 BETWEEN_S = 1.0
-"""Between two kills in one mesh, at least: each receipt has to reach one disk of its two, and a commit is due every 0.1 s."""
+"""Between two kills in one mesh, at least: each receipt has to reach one disk of its two, and a commit is due every 0.2 s."""
 
 STREAMS = 0.8
 LEAVERS = 0.1
