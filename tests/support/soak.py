@@ -2,7 +2,9 @@
 
 What a client got is held against what the engines say (`tests.support.fake_engine` is deterministic, so every answer is known). Allowed are
 the right answer, whole; and, if something that explains it was broken at the time or shortly before, a clear error: a status with OpenAI's
-shape, or an error event in a stream whose text so far is the beginning of the right answer. Never allowed is anything else.
+shape, or an error event in a stream whose text so far is the beginning of the right answer. Never allowed is anything else. A fault
+explains only what it can do: no worker's death may be seen by a client, and a connection breaks only where its own proxy is killed or
+restarted.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,10 @@ RUSH_CODES = {
     "no_room",
     "worker_error",
 }
+UNSEEN = frozenset({"kill_worker", "restart_worker", "kill_bootstrap", "slow_door"})
+"""Faults that clients must not notice by themselves."""
+PROXY_GONE = frozenset({"kill_proxy", "restart_proxy"})
+"""Those of the second proxy, which alone end its clients' connections."""
 MAX_TOKENS = 24
 CLIENT_TIMEOUT_S = 60.0
 
@@ -61,35 +67,38 @@ class Got:
     broken: str = ""
     """How the connection ended, if not properly."""
     usage: int | None = None
+    proxy: str = ""
 
 
-def judge(got: Got, *, excused: bool) -> tuple[str, str]:
-    """What an outcome was, in a word, and why it is not to be explained, empty if it is. ``excused``: something was broken at the time."""
+def judge(got: Got, *, broken: Set[str]) -> tuple[str, str]:
+    """What an outcome was, in a word, and why it is not to be explained, empty if it is. ``broken``: the faults at the time."""
     right = answer_to(got.messages, got.max_tokens)
     if got.kind == "bad":
-        return ("refused", "") if got.status == 400 and got.error else judge_error(got, excused)
-    if got.kind == "cancelled":
+        return ("refused", "") if got.status == 400 and got.error else judge_error(got, broken)
+    if got.kind == "cancelled" and not got.error and not got.broken:
         return ("cancelled", "") if right.startswith(got.text) else ("cancelled", f"wrong text {got.text!r} of {right!r}")
     if got.text == right and got.done and not got.error and not got.broken:
         if got.finish != "length":
             return "ok", f"finish_reason {got.finish!r}"
-        if got.usage is not None and got.usage != got.max_tokens:
+        if got.kind in ("stream", "plain") and got.usage != got.max_tokens:
             return "ok", f"usage says {got.usage} of {got.max_tokens} tokens"
         return "ok", ""
     if not right.startswith(got.text):
         return "wrong", f"{got.text!r} instead of {right!r}"
     if got.done and not got.error:
         return "truncated", f"a clean end after {got.text!r} of {right!r}"
-    return judge_error(got, excused)
+    return judge_error(got, broken)
 
 
-def judge_error(got: Got, excused: bool) -> tuple[str, str]:
+def judge_error(got: Got, broken: Set[str]) -> tuple[str, str]:
     what = got.error or got.broken or f"status {got.status}"
     if not got.error and not got.broken:
         return "nothing", f"neither an answer nor an error: {got}"
     if got.error and got.error not in RUSH_CODES:
         return what, f"an error of no fault: {got.error} {got.status}"
-    return what, "" if excused else f"{what} while nothing was broken"
+    if got.broken:
+        return what, "" if broken & PROXY_GONE and got.proxy == "p2" else f"{what} while its proxy was well, beside {sorted(broken)}"
+    return what, "" if broken - UNSEEN else f"{what} while nothing was broken but {sorted(broken)}"
 
 
 class Soak:
@@ -104,10 +113,13 @@ class Soak:
         self._began = 0.0
         self._broken: dict[str, float] = {}
         """What is broken now: its name and since when."""
-        self._mended = 0.0
+        self._mended: dict[str, float] = {}
+        """What was broken last when."""
         self._over = False
         self.outcomes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        """What clients were told, and what was broken then."""
         self.unexplained: list[str] = []
         self.memory: dict[str, tuple[int, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,9 +128,9 @@ class Soak:
         self._former: list[openai.AsyncOpenAI] = []
         self._stack = AsyncExitStack()
 
-    @property
-    def excused(self) -> bool:
-        return bool(self._broken) or time.monotonic() - self._mended < GRACE_S
+    def broken_since(self, began: float) -> set[str]:
+        """What was broken at any time since ``began``, or not long before."""
+        return {*self._broken, *(name for name, ended in self._mended.items() if ended > began - GRACE_S)}
 
     async def run(self) -> dict[str, Any]:
         async with self._stack:
@@ -161,6 +173,7 @@ class Soak:
             "seconds": round(time.monotonic() - self._began),
             "requests": sum(self.outcomes.values()),
             "outcomes": dict(self.outcomes.most_common()),
+            "errors": {name: count for name, count in self.errors.most_common() if count},
             "faults": dict(self.faults),
             "memory_growth": {name: round(after / before - 1, 3) for name, (before, after) in self.memory.items()},
             "unexplained": self.unexplained,
@@ -231,7 +244,7 @@ class Soak:
                 await fault()
             finally:
                 self._broken.pop(name, None)
-                self._mended = time.monotonic()
+                self._mended[name] = time.monotonic()
 
     async def _kill_worker(self) -> None:
         number = self._rng.choice((1, 2))
@@ -332,7 +345,8 @@ class Soak:
             door.blackhole(False)
         for engine in self.engines:
             engine.misbehave(None)
-        self._mended = time.monotonic()
+        self._mended |= dict.fromkeys(self._broken, time.monotonic())
+        self._broken.clear()
 
     async def _end_well(self) -> None:
         """With nothing broken any more, everybody serves everything within a minute, and a last round of requests succeeds."""
@@ -349,7 +363,6 @@ class Soak:
             self.unexplained.append(f"not well a minute after the last fault: {error}")
             return
         await asyncio.sleep(GRACE_S)
-        self._broken.clear()
         await asyncio.gather(*(self._one(kind="stream" if number % 2 else "plain") for number in range(60)))
 
     # -- clients
@@ -366,21 +379,24 @@ class Soak:
         messages = [{"role": "user", "content": f"request {self._numbers} " + "word " * rng.choice((0, 5, 300))}]
         got = Got(kind=kind, messages=messages, max_tokens=rng.randint(1, MAX_TOKENS), began=time.monotonic())
         proxy = rng.choice(self.proxies)
-        excused = self.excused
+        got.proxy = proxy.name
         try:
             await getattr(self, f"_ask_{kind}")(got, proxy, rng)
         except (openai.APIConnectionError, openai.APITimeoutError, aiohttp.ClientError, OSError, TimeoutError) as error:
             got.broken = type(error).__name__
         except openai.APIStatusError as error:
-            got.status, got.error = error.status_code, str(_code(error.body))
+            got.status, got.error = error.status_code, _code(error.body)
         except openai.APIError as error:  # an error event in a stream
             got.error = str(error.code or _code(error.body))
         except Exception as error:
             self.unexplained.append(f"{kind} request {self._numbers}: the client library raised {error!r}")
             return
         got.ended = time.monotonic()
-        what, why = judge(got, excused=excused or self.excused)
+        broken = self.broken_since(got.began)
+        what, why = judge(got, broken=broken)
         self.outcomes[f"{kind}: {what}"] += 1
+        if got.error or got.broken:
+            self.errors[f"{what} over {proxy.name}, {', '.join(sorted(broken))}"] += kind != "bad"
         if why:
             self.unexplained.append(f"at {got.began - self._began:.1f} s, {kind} over {proxy.name}: {why}")
 
@@ -412,19 +428,18 @@ class Soak:
 
     async def _ask_cancelled(self, got: Got, proxy: Node, rng: random.Random) -> None:
         left = rng.randrange(6)
-        with suppress(openai.APIError, aiohttp.ClientError):
-            stream = await self.clients[proxy.name].chat.completions.create(
-                model="fake",
-                messages=got.messages,
-                max_tokens=got.max_tokens,
-                stream=True,  # type: ignore[arg-type]
-            )
-            async with stream:
-                async for chunk in stream:
-                    got.text += chunk.choices[0].delta.content or "" if chunk.choices else ""
-                    left -= 1
-                    if left < 0:
-                        return
+        stream = await self.clients[proxy.name].chat.completions.create(
+            model="fake",
+            messages=got.messages,
+            max_tokens=got.max_tokens,
+            stream=True,  # type: ignore[arg-type]
+        )
+        async with stream:
+            async for chunk in stream:
+                got.text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+                left -= 1
+                if left < 0:
+                    return
 
     async def _ask_slow(self, got: Got, proxy: Node, rng: random.Random) -> None:
         """Sends slowly, reads slowly."""
@@ -439,7 +454,7 @@ class Soak:
         async with self.http.post(f"{proxy.api}/chat/completions", data=pieces(), headers=headers) as response:
             got.status = response.status
             if response.status != 200:
-                got.error = str(_code(await response.json()))
+                got.error = _code(await response.json())
                 return
             rest = b""
             async for piece in response.content.iter_chunked(200):
@@ -451,12 +466,14 @@ class Soak:
                     self._take_event(got, b"\n".join(line[5:].strip() for line in lines))
 
     def _take_event(self, got: Got, data: bytes) -> None:
-        if data == b"[DONE]":
+        if got.done and data:
+            got.error = f"{data[:40]!r} after the end"
+        elif data == b"[DONE]":
             got.done = True
         elif data:
             event = json.loads(data)
             if "error" in event:
-                got.error = str(_code(event))
+                got.error = _code(event)
             for choice in event.get("choices", ()):
                 got.text += choice["delta"].get("content") or ""
                 got.finish = choice.get("finish_reason") or got.finish
@@ -465,7 +482,7 @@ class Soak:
         body = rng.choice((b"{", b'{"model": "fake"}', b'{"model": "fake", "model": "x", "messages": [1]}', b"\xff" * 100, b"[" * 10_000))
         headers = {"Authorization": f"Bearer {self.key}"}
         async with self.http.post(f"{proxy.api}/chat/completions", data=body, headers=headers) as response:
-            got.status, got.error = response.status, str(_code(await response.json()))
+            got.status, got.error = response.status, _code(await response.json())
 
     # -- watching
 
@@ -510,6 +527,6 @@ class Soak:
                     self.unexplained.append(f"{node.name}: {line[:300]}")
 
 
-def _code(body: Any) -> Any:
+def _code(body: Any) -> str:
     found = body.get("error", body) if isinstance(body, dict) else None
-    return found.get("code") if isinstance(found, dict) else found
+    return str((found.get("code") if isinstance(found, dict) else found) or "")
