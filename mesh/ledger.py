@@ -30,7 +30,7 @@ import structlog
 from mesh.clock import Clock
 from mesh.errors import ConfigError
 from mesh.identity import Identity
-from mesh.merkle import audit_path, leaf_hash, root_hash
+from mesh.merkle import audit_path, leaf_hash, leaf_hashes, root_hash
 from mesh.receipts import Proof, Row, batch_digest, pack_proof, parse_receipt, seal_batch
 
 log = structlog.get_logger(__name__)
@@ -301,7 +301,7 @@ class _Store:
         packs: list[Any] = []
         for slot, bodies in slots.items():
             newest += len(bodies)
-            leaves += map(leaf_hash, bodies)
+            leaves += leaf_hashes(bodies)
             packs += (newest, slot, _pack(bodies))
         batch = None
         if leaves and (last or now - self._signed_at >= SIGN_EVERY_S):

@@ -6,15 +6,21 @@ list is cut at the largest power of two below its length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 HASH_BYTES = 32
+_LEAF, _INNER = b"\x00", b"\x01"
 
 
 def leaf_hash(data: bytes) -> bytes:
     """The hash of one entry."""
-    return sha256(b"\x00" + data).digest()
+    return sha256(_LEAF + data).digest()
+
+
+def leaf_hashes(entries: Iterable[bytes]) -> list[bytes]:
+    """Those of many, without a call for each."""
+    return [sha256(_LEAF + data).digest() for data in entries]
 
 
 def root_hash(leaves: Sequence[bytes]) -> bytes:
@@ -23,7 +29,8 @@ def root_hash(leaves: Sequence[bytes]) -> bytes:
         return sha256(b"").digest()
     level = list(leaves)
     while len(level) > 1:  # an odd one out moves up as it is, which is the RFC's cut at a power of two, from below
-        paired = [_inner(level[at], level[at + 1]) for at in range(0, len(level) - 1, 2)]
+        steps = iter(level)
+        paired = [sha256(_INNER + left + right).digest() for left, right in zip(steps, steps, strict=False)]
         level = [*paired, level[-1]] if len(level) % 2 else paired
     return level[0]
 
@@ -61,4 +68,4 @@ def verify_path(leaf: bytes, index: int, count: int, path: Sequence[bytes], root
 
 
 def _inner(left: bytes, right: bytes) -> bytes:
-    return sha256(b"\x01" + left + right).digest()
+    return sha256(_INNER + left + right).digest()

@@ -93,7 +93,7 @@ class Noted:
 
     __slots__ = ("at", "endpoint", "id", "key", "model", "notes", "started", "status", "task", "took_s", "watched")
 
-    def __init__(self, request_id: str, task: str, *, at: int, started: float) -> None:
+    def __init__(self, request_id: str, task: str, at: int, started: float) -> None:
         self.id = request_id
         self.task = task
         self.at = at
@@ -203,29 +203,26 @@ class Meter:
 
     def open(self, request_id: str, task: str, started: float) -> Noted:
         """A request has come; ``started`` on the monotonic clock."""
-        return Noted(request_id, task, at=int(self._wall() * 1000), started=started)
+        return Noted(request_id, task, int(self._wall() * 1000), started)
 
     def close(self, noted: Noted, status: str, ended: float) -> None:
         """The request is over. One whose key did not hold leaves nothing: strangers must not be able to fill a disk."""
-        notes = noted.notes
-        if noted.key is not None and self._ledger is not None:
+        notes, ledger = noted.notes, self._ledger
+        if noted.key is not None and ledger is not None:
             noted.status = status
             noted.took_s = ended - noted.started
-            if notes and not notes[-1].written:
-                self._close(notes, self._ledger)
+            if not notes or notes[-1].written:
+                ledger.add(noted)
             else:
-                self._ledger.add(noted)
+                final = notes[-1]
+                if len(notes) > 1:
+                    final = next((note for note in reversed(notes) if note.status == "ok"), final)
+                    for note in notes:
+                        if note is not final:
+                            self._write(note, ledger)
+                final.final = True
+                ledger.add(final)
         noted.notes = []
-
-    def _close(self, notes: list[Attempted], ledger: Ledger) -> None:
-        final = notes[-1]
-        if len(notes) > 1:
-            final = next((note for note in reversed(notes) if note.status == "ok"), final)
-            for note in notes:
-                if note is not final:
-                    self._write(note, ledger)
-        final.final = True
-        ledger.add(final)
 
     def lost(self, noted: Noted) -> None:
         """An answer that has begun lost its worker and may wait long for another: what was delivered is written down now.

@@ -687,7 +687,9 @@ def _estimate(plan: Plan, call: Call) -> tuple[int, int]:
     most = parsed.max_completion_tokens or parsed.max_tokens or parsed.max_output_tokens
     if most is None:
         most = int(2 * learned.completion)
-    return prompt, min(MAX_COMPLETION, most * (parsed.n or 1))
+    if parsed.n:
+        most *= parsed.n
+    return prompt, most if most < MAX_COMPLETION else MAX_COMPLETION
 
 
 def _meter(stash: Stash) -> str:
