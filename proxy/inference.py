@@ -6,6 +6,7 @@ key → body → scope → limits → choose → attempt → (retry elsewhere) �
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Coroutine
@@ -16,7 +17,17 @@ import structlog
 from aiohttp import web
 
 from mesh.apikey import ApiKey, KeyRole
-from mesh.errors import DeadlineExceeded, InvalidRequest, MeshError, ModelNotFound, NoWorker, Overloaded, Rerouted
+from mesh.errors import (
+    CapacityError,
+    DeadlineExceeded,
+    InvalidRequest,
+    MeshError,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    Rerouted,
+    WorkerLost,
+)
 from proxy.body import Bodies
 from proxy.config import ProxyConfig
 from proxy.downstream import Downstream
@@ -40,6 +51,11 @@ from proxy.views import Views
 log = structlog.get_logger(__name__)
 
 SWEEP_S = 0.5
+NEW_S = 5.0
+"""So long after its start, or after it stood still, a proxy lets requests wait for workers it may not have met yet: clients that come by
+DNS do not ask /readyz."""
+STILL_S = 2.0
+"""A process that ran nothing for so long may have lost its links to all workers at once."""
 _OPERATORS = frozenset({KeyRole.VIEWER, KeyRole.ADMIN})
 """Whom the answer tells which worker it came from, and why."""
 LOOK_AGAIN_S = 0.05
@@ -83,6 +99,7 @@ class Inference:
         self.draining = False
         self.new_until = 0.0
         """Until then, on the loop's clock, a request that finds nobody waits for the proxy to find somebody."""
+        self._looked_at = math.inf
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -103,6 +120,17 @@ class Inference:
     async def drained(self) -> None:
         """Return once no inference request is in flight."""
         await self._idle.wait()
+
+    async def finish(self, within_s: float) -> None:
+        """As `drained`; what is not over by then is ended, and its clients are told so."""
+        try:
+            async with asyncio.timeout(max(0.0, within_s)):
+                await self.drained()
+        except TimeoutError:
+            log.warning("proxy.drain_deadline", ended=len(self.attempts))
+            for attempt in list(self.attempts):
+                attempt.fail(CapacityError("This proxy is leaving and has waited for as long as it may; ask again", retry_after_s=1.0))
+            await self.drained()
 
     async def infer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         started = time.monotonic()
@@ -185,6 +213,9 @@ class Inference:
         last: MeshError | None = None
         while True:
             choice = self._router.choose(plan, request_id)
+            if choice is None and isinstance(last, WorkerLost) and not downstream.started and await self._found(call):
+                plan.avoid = frozenset()  # who is linked now has come back
+                choice = self._router.choose(plan, request_id)
             if choice is None:
                 error = last or self._nobody(call)
                 self._fleet.blame(plan.failures, answered=False)
@@ -227,7 +258,8 @@ class Inference:
                 return downstream.response()
 
     async def _found(self, call: Call) -> bool:
-        """Whether somebody for a call turns up while this proxy is new, and has yet to meet the workers."""
+        """Whether somebody for a call turns up while this proxy is new, or stood still a moment ago, and has yet to meet the workers."""
+        self._look_whether_still()
         while self._loop.time() < self.new_until:
             await asyncio.sleep(LOOK_AGAIN_S)
             if self._fleet.candidates(call.model, call.task):
@@ -330,11 +362,21 @@ class Inference:
             self._metrics.first_byte(call.model).observe(attempt.first_byte_at - now)
             attempt.measure(self._loop.time(), completion)
 
+    def _look_whether_still(self) -> None:
+        """A process that was stopped or starved finds its links gone before it finds that much time has passed."""
+        now = self._loop.time()
+        if now - self._looked_at > STILL_S:
+            self.new_until = max(self.new_until, now + NEW_S)
+            log.warning("proxy.stood_still", for_s=round(now - self._looked_at, 1))
+        self._looked_at = now
+
     async def sweep(self) -> None:
         """A task for the life of the process: look at how workers are, and end attempts whose worker gives no sign."""
+        self._looked_at = self._loop.time()
         while True:
             await asyncio.sleep(SWEEP_S)
             now = self._loop.time()
+            self._look_whether_still()
             for attempt in list(self.attempts):
                 attempt.measure(now)
                 attempt.check_time(now, patience_s=self._config.first_byte_timeout_s, most_s=self._config.request_timeout_s)

@@ -31,7 +31,7 @@ from proxy.explain import Explainer
 from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.gate_metrics import GateCollector
-from proxy.inference import Inference
+from proxy.inference import NEW_S, Inference
 from proxy.limits.counters import Counters
 from proxy.limits.limiter import Limiter
 from proxy.limits.metrics import LimitsCollector
@@ -51,8 +51,6 @@ log = structlog.get_logger(__name__)
 
 WATCH_S = 5.0
 RECORD_TTL_S = 20.0
-NEW_S = 5.0
-"""So long after its start a proxy lets requests wait for workers it may not have met yet: clients that come by DNS do not ask /readyz."""
 POLITE_S = 3.0
 """How long idle clients have to send one more request, whose answer tells them to close; then the connection is closed."""
 LEAVE_S = 0.3
@@ -149,6 +147,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
     app = App(inference, gate=gate, views=views, explainer=explainer, metrics=metrics, rng=rng, endpoints=endpoints, routes=routes)
     server = HttpServer(app, config)
     metrics.watch(server.connections)
+    loop = asyncio.get_running_loop()
     ledger.start()
     await directory.start(config.host, config.dht_port)
     try:
@@ -162,7 +161,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
         api = _base_url(config, port)
         state = State.READY
         inference.draining = bool(cordon.why)
-        inference.new_until = asyncio.get_running_loop().time() + NEW_S
+        inference.new_until = loop.time() + NEW_S
         node.start()
         directory.watch(Role.BOOTSTRAP, _nothing, interval_s=WATCH_S)
         announce(config, node_id=identity.node_id, addresses=node.addresses, api=api)
@@ -181,6 +180,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
                 tasks.create_task(prompts.run()),
             )
             await stop.wait()
+            leave_by = loop.time() + config.drain_s
             state = State.DRAINING
             inference.draining = True
             node.changed()
@@ -188,7 +188,7 @@ async def run(config: ProxyConfig, stop: asyncio.Event) -> int:
             await asyncio.sleep(LEAVE_S)
             await server.close_listener()
             await server.leave(min(POLITE_S, config.drain_s / 2))
-            await inference.drained()  # `mesh.runtime` bounds it with the drain deadline
+            await inference.finish(leave_by - loop.time())
             limits.finish()
             for task in background:
                 task.cancel()

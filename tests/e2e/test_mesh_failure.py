@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tests.e2e.conftest import external
+from tests.e2e.conftest import chat_body, external
 from tests.support import fake_engine
 from tests.support.deployment import Deployment, Node, events, until
 from tests.support.fake_engine import FakeEngine, Misbehaviour, Mode
@@ -86,6 +86,36 @@ async def test_silent_worker_gets_no_more_and_what_it_had_goes_elsewhere(deploym
         await deployment.until_ready(three.proxy, three.workers[0])
         await load.stop()
         assert not load.problems, "none had had a byte: all are answered elsewhere"
+
+
+async def test_proxy_that_stood_still_loses_no_request_that_has_had_no_byte(deployment: Deployment) -> None:
+    """Its workers have given their links up meanwhile, all of them."""
+    async with trio(deployment) as three:
+        for engine in three.engines:
+            engine.prefill_s = 60
+        asking = [asyncio.create_task(_whole(three)) for _ in range(6)]
+        async with asyncio.timeout(20):
+            while sum(engine.stats.running for engine in three.engines) < len(asking):
+                await asyncio.sleep(0.05)
+        three.proxy.process.send_signal(signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(30):  # engines learn that nobody waits
+                while any(engine.stats.running for engine in three.engines):
+                    await asyncio.sleep(0.05)
+            for engine in three.engines:
+                engine.prefill_s = 0
+        finally:
+            three.proxy.process.send_signal(signal.SIGCONT)
+        assert await asyncio.gather(*asking) == [200] * len(asking)
+
+
+async def _whole(three: Trio) -> int:
+    headers = {"Authorization": f"Bearer {three.key}"}
+    async with three.mesh.http.post(
+        f"{three.proxy.api}/chat/completions", json=chat_body("once", max_tokens=2), headers=headers
+    ) as response:
+        await response.read()
+        return response.status
 
 
 async def test_wedged_engine_is_seen_by_its_worker_and_its_requests_move(deployment: Deployment) -> None:

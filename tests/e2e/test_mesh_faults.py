@@ -223,6 +223,33 @@ async def test_drained_proxy_finishes_its_stream_and_exits_cleanly(small: SmallM
     assert await asyncio.wait_for(small.proxy.process.wait(), 60) == 0
 
 
+async def test_stream_that_outlasts_its_proxys_drain_is_told_so(deployment: Deployment) -> None:
+    async with FakeEngine(tokens_per_s=10) as engine:
+        await deployment.bootstrap()
+        proxy = await deployment.proxy("p1", "--drain", "1s")
+        await deployment.until_ready(proxy, await external(deployment, "w1", engine))
+        body, headers = chat_body("long", stream=True, max_tokens=1_000), {"Authorization": f"Bearer {deployment.key()}"}
+        seen: list[bytes] = []
+        whole = False
+        async with deployment.http.post(f"{proxy.api}/chat/completions", json=body, headers=headers) as response:
+            try:
+                async with events(response) as found:
+                    async for data in found:
+                        if not seen:
+                            proxy.process.send_signal(signal.SIGTERM)
+                        seen.append(data)
+                whole = True
+            except aiohttp.ClientPayloadError:
+                pass
+        assert not whole, "an answer in the middle must not end as if it were whole"
+        error = json.loads(seen[-1])["error"]
+        assert error["code"] == "unavailable"
+        assert "leaving" in error["message"]
+        assert await asyncio.wait_for(proxy.process.wait(), 60) == 0
+        async with asyncio.timeout(20):
+            await engine.until(lambda stats: stats.running == 0)
+
+
 async def test_crashed_engine_is_restarted_and_announced_as_not_ready_meanwhile(deployment: Deployment) -> None:
     await deployment.bootstrap()
     proxy = await deployment.proxy()
