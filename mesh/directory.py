@@ -74,11 +74,11 @@ class _Read:
 
 @dataclass(slots=True, eq=False)
 class _Sweep:
-    """The regular reading of a role, and by key what the last one found."""
+    """The regular reading of a role, and by key whose records were read there, and when last (monotonic)."""
 
     role: Role
     interval_s: float
-    known: dict[bytes, list[Record]] = field(default_factory=dict)
+    listed: dict[bytes, dict[bytes, float]] = field(default_factory=dict)
 
 
 class Directory:
@@ -356,8 +356,9 @@ class Directory:
 
     async def _sweep(self, sweep: _Sweep) -> float:
         """Keep the view of a role: read all of it, renew the watch, wait. A large view is read a few times in a record's life."""
-        reads = await self._read_index("role", str(sweep.role), known=sweep.known, patience=_SWEEP_PATIENCE, on_record=self.observe)
-        sweep.known = self._still_known(sweep.role, sweep.known, reads)
+        known = self._still_known(sweep)
+        reads = await self._read_index("role", str(sweep.role), known=known, patience=_SWEEP_PATIENCE, on_record=self.observe)
+        self._note_read(sweep, reads)
         await self.node.watch({read.key: read.nearest for read in reads})
         view = self._views[sweep.role].records
         pause_s = sweep.interval_s if view else min(sweep.interval_s, 0.5)
@@ -368,11 +369,24 @@ class Directory:
             await asyncio.wait_for(self._sweep_now.wait(), pause_s * self._rng.uniform(0.75, 1.0))
         return 0.0
 
-    def _still_known(self, role: Role, known: dict[bytes, list[Record]], reads: list[_Read]) -> dict[bytes, list[Record]]:
-        """By key, the live records of this reading and those of the last that were not sent again, as the view has them."""
-        live = {record.node_id: record for record in self.known(role)}
-        listed = {read.key: dict.fromkeys(record.node_id for record in (*known.get(read.key, []), *read.records)) for read in reads}
-        return {key: [live[node_id] for node_id in ids if node_id in live] for key, ids in listed.items()}
+    def _note_read(self, sweep: _Sweep, reads: list[_Read]) -> None:
+        """A record is sent again with each new pulse. One that was not for two lives stands under this key no more: its owner went to a
+        sub-key, and to ask this key's holders about it would be in vain."""
+        now, live = self._clock.monotonic(), {record.node_id for record in self.known(sweep.role)}
+        oldest = now - 2 * self._config.record_ttl_s
+        sweep.listed = {
+            read.key: {
+                node_id: at
+                for node_id, at in (sweep.listed.get(read.key, {}) | {record.node_id: now for record in read.records}).items()
+                if node_id in live and at >= oldest
+            }
+            for read in reads
+        }
+
+    def _still_known(self, sweep: _Sweep) -> dict[bytes, list[Record]]:
+        """By key, the records that were read there lately, as the view has them."""
+        live = {record.node_id: record for record in self.known(sweep.role)}
+        return {key: [live[node_id] for node_id in ids if node_id in live] for key, ids in sweep.listed.items()}
 
 
 def _under(reads: dict[int, _Read]) -> list[int]:

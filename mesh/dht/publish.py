@@ -54,9 +54,10 @@ Hold = Callable[[Record, Pulse], None]
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """One key our record stands under. ``wanted`` is how many holders the last walk could find."""
+    """One key our record stands under, with ``most`` holders. ``wanted`` is how many of them the last walk could find."""
 
     key: bytes
+    most: int
     holders: dict[bytes, Contact] = field(default_factory=dict)
     full: int = 0
     refused: Contact | None = None
@@ -134,9 +135,8 @@ class Publisher:
         """A node joined our table: where it stands nearer to a key than a holder does, it becomes one."""
         if self._record is None or not self._record.alive(self._clock.wall()):
             return
-        most = self._config.holders + self._config.spares
         for place in self._places.values():
-            goal = int.from_bytes(place.key)
+            goal, most = int.from_bytes(place.key), place.most
             ordered = place.ordered()
             if contact.id in place.holders or place.full or not place.wanted:
                 continue
@@ -149,7 +149,7 @@ class Publisher:
     async def walk_again(self) -> None:
         """The network has changed at large: look for the holders of every key now."""
         if self._record is not None and self._record.alive(self._clock.wall()):
-            await asyncio.gather(*(self._refill(self._record, place) for place in list(self._places.values())))
+            await asyncio.gather(*(self._refill(self._record, place) for place in self._current(self._record)))
 
     async def publish(self, record: Record) -> int:
         """Store a signed record; returns how many holders have accepted it so far under each of its keys (the least of them)."""
@@ -183,7 +183,7 @@ class Publisher:
         if base is None or not base.anchor:
             return NO_PULSE
         n = ceil(self._clock.wall() - base.issued)
-        holders = (node_id for place in self._places.values() for node_id in place.holders)
+        holders = (node_id for place in self._current(base) for node_id in place.holders)
         if not 0 < n <= MAX_PULSE or any(self._given.get(node_id) != base.signed for node_id in holders):
             return NO_PULSE
         return self._make_pulse(base, n)
@@ -233,8 +233,14 @@ class Publisher:
         return directory_key(index.kind, index.name, shard_of(record.node_id, index.level))
 
     def _place(self, index: _Index, record: Record) -> _Place:
+        """Spares are for what few have: below the first level there are hundreds of others, and who looks finds them."""
         key = self._key(index, record)
-        return self._places.setdefault(key, _Place(key))
+        return self._places.setdefault(key, _Place(key, self._config.holders + (0 if index.level else self._config.spares)))
+
+    def _current(self, record: Record) -> list[_Place]:
+        """The places that refreshes go to: not those of levels above, where holders were full."""
+        keys = (self._key(index, record) for index in self._indexes.values())
+        return [self._places[key] for key in keys if key in self._places]
 
     def _withdraw(self, index: _Index, record: Record) -> list[_Place]:
         keys = [directory_key(index.kind, index.name, shard_of(record.node_id, level)) for level in range(index.level + 1)]
@@ -262,11 +268,10 @@ class Publisher:
 
     async def _settle(self, places: list[_Place]) -> None:
         """Give each place holders: those we know of, or else those a walk finds."""
-        most = self._config.holders + self._config.spares
         if not all(place.holders for place in places):
             self._calm_at = self._clock.monotonic() + _YOUNG_S
         for place in places:
-            if not place.holders and (guessed := self._guess(place.key, most)):
+            if not place.holders and (guessed := self._guess(place.key, place.most)):
                 place.holders = {contact.id: contact for contact in guessed}
                 place.wanted = len(guessed)
                 place.walk_at = self._clock.monotonic() + self._config.refresh_s * self._rng.uniform(0.1, 0.9)
@@ -278,7 +283,7 @@ class Publisher:
             return []
         place.walking = True
         try:
-            found = (await self._walk(place.key))[: self._config.holders + self._config.spares]
+            found = (await self._walk(place.key))[: place.most]
         finally:
             place.walking = False
         fresh = [contact for contact in found if contact.id not in place.holders]
