@@ -153,6 +153,17 @@ def test_in_a_large_mesh_pulses_keep_what_is_steady_and_nothing_else() -> None:
     simulate(scenario, seed=23, config=with_config(large_mesh=50))
 
 
+def test_pulses_keep_what_stands_under_sub_keys_too() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 60)
+        await asyncio.sleep(60.0)
+        records = [record for proxy in front for record in proxy.running.known(Role.WORKER)]
+        assert {record.node_id for record in records} == ids(fleet)
+        assert sum(record.pulse > 0 for record in records) > 0.7 * len(records)
+
+    simulate(scenario, seed=23, config=with_config(large_mesh=50, shard_size=12))
+
+
 def test_a_partition_heals_into_one_view() -> None:
     simulate(lambda swarm: partition_and_heal(swarm, 40, for_s=90.0), seed=17)
 
