@@ -23,6 +23,8 @@ from kademlia.network import Server  # noqa: E402
 
 from bench.directory.workload import First, Plan, drive  # noqa: E402
 from mesh.clock import SystemClock  # noqa: E402
+from mesh.dht.address import Address, split_host_port  # noqa: E402
+from mesh.dht.protocol import EMPTY, Op  # noqa: E402
 from mesh.directory import Directory, DirectoryConfig  # noqa: E402
 from mesh.records import ModelEntry, Record, State, seal_record  # noqa: E402
 from mesh.trust import Role  # noqa: E402
@@ -73,7 +75,17 @@ class Ours:
                 await directory.joined(timeout_s=30)
         assert all(await asyncio.gather(*(directory.joined(timeout_s=30) for directory in self._directories)))
         self._refreshing = [asyncio.create_task(self._refresh(number)) for number in range(self._plan.nodes)]
+        if self._plan.met:
+            await self._meet()
         await asyncio.sleep(self._config.refresh_s + SETTLE_S)
+
+    async def _meet(self) -> None:
+        """A ping between any two that have not spoken yet: an introduction each."""
+        nodes = [directory.node for directory in self._directories]
+        for number, node in enumerate(nodes):
+            for other, text in zip(nodes[number + 1 :], self._addresses[number + 1 :], strict=True):
+                if node.sessions.by_node(other.identity.node_id) is None:
+                    await node.protocol.request(Address(*split_host_port(text)), Op.PING, EMPTY, node_id=other.identity.node_id)
 
     def _record(self, number: int) -> Record:
         self._seq += 1

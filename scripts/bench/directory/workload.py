@@ -21,12 +21,13 @@ from typing import Any, Protocol
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """``ops`` of each kind in each phase, ``concurrency`` at once; a phase begins nothing more after ``budget_s``, and an operation
-    that takes ``limit_s`` has failed. ``dead`` is the share of nodes that die."""
+    that takes ``limit_s`` has failed. ``dead`` is the share of nodes that die. ``met``: every two of our nodes have spoken before."""
 
     nodes: int = 200
     ops: int = 200
     concurrency: int = 8
     dead: float = 0.3
+    met: bool = False
     value_bytes: int = 300
     budget_s: float = 60.0
     limit_s: float = 60.0
