@@ -325,11 +325,8 @@ class Directory:
         """What we ourselves and the network hold under a key; ``on_record`` hears of each record as soon as it is verified."""
         found: dict[bytes, Record] = {}
         if on_record is not None:
-            own = list(self.node.store.live(key, self._clock.monotonic()))
-            for held in own:
+            for held in self.node.store.live(key, self._clock.monotonic()):
                 on_record(self.node.local(held))
-            if own:
-                await asyncio.sleep(0)  # who waits for a first record has it before anybody is asked
 
         def accept(data: bytes, remaining_s: float, pulse: Pulse, source: bytes) -> Record | None:
             try:
@@ -347,9 +344,9 @@ class Directory:
         outcome = await self.node.crawl(key, accept=accept, timeout_s=timeout_s, known=known)
         self.node.counts.lookups.observe(outcome.elapsed_s)
         now = self._clock.monotonic()
-        held_here = [self.node.local(held) for held in self.node.store.live(key, now)]
+        own = [self.node.local(held) for held in self.node.store.live(key, now)]
         full = outcome.full or self.node.store.is_full(key, now)
-        return _Read(key=key, records=[*found.values(), *held_here], full=full, nearest=outcome.nearest)
+        return _Read(key=key, records=[*found.values(), *own], full=full, nearest=outcome.nearest)
 
     def _merge(self, records: Iterable[Record]) -> list[Record]:
         return list(newest(records, now=self._clock.wall()).values())

@@ -39,8 +39,6 @@ _CONTACTS, _CONTACTS_AGAIN = 8, 3
 _LASTING = 0.4
 """The share of its life that a record in hand must have left: it lasts until the next sweep, and no refresh that is on time is missed."""
 _WORTHLESS_AFTER = 3
-_FIRST_TURNS = 3
-"""After the first request: a holder on this machine has answered then, and its answer is with who waits for it, before others are asked."""
 
 
 class Fate(Enum):
@@ -129,7 +127,6 @@ class Crawl:
         accept: Accept | None = None,
         known: Iterable[Record] = (),
         width: int | None = None,
-        paths: int | None = None,
         sparing: bool = False,
     ) -> None:
         self._protocol = protocol
@@ -153,7 +150,6 @@ class Crawl:
             )
         self._contacts_again = _CONTACTS_AGAIN if sparing else _CONTACTS
         self._width = width or config.read_width
-        self._most_paths = paths or config.paths
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []
         self._main = _Path(-1, 0, 0)
@@ -168,7 +164,7 @@ class Crawl:
     async def run(self, seeds: Sequence[Contact], *, timeout_s: float) -> Outcome:
         """Look up, beginning at ``seeds``, for at most ``timeout_s``."""
         seeds = sorted(seeds, key=self._distance)
-        count = max(1, min(self._most_paths, len(seeds)))
+        count = max(1, min(self._config.paths, len(seeds)))
         self._paths = [_Path(number, -(-self._width // count) + 1, self._config.alpha) for number in range(count)]
         self._main.width, self._main.alpha = self._width, self._config.alpha * count
         for at, contact in enumerate(seeds):
@@ -222,24 +218,22 @@ class Crawl:
         for path in (self._main, *self._paths):
             waiting = self._pump_path(path) or waiting
             if self._asked_now:
-                self._wait(_FIRST_TURNS if len(self._hops) == 1 else 1)
+                self._wait_a_turn(two=len(self._hops) == 1)
                 return
         busy = self._collector is not None and self._collector.busy
         if not waiting and not busy and not self._wants_latecomers():
             self._finish(True)
 
-    def _wait_a_turn(self) -> None:
-        self._wait(1)
-
-    def _wait(self, turns: int) -> None:
-        """Pump after so many turns of the loop."""
+    def _wait_a_turn(self, *, two: bool = False) -> None:
+        """Pump with the next turn of the loop. After the first request with the one after it: a holder on this machine has answered then,
+        before anybody else is asked."""
         if self._turn is None and not self._done.done():
-            self._turn = asyncio.get_running_loop().call_soon(self._next_turn, turns - 1)
+            self._turn = asyncio.get_running_loop().call_soon(self._next_turn, two)
 
-    def _next_turn(self, left: int) -> None:
+    def _next_turn(self, again: bool) -> None:
         self._turn = None
-        if left:
-            self._wait(left)
+        if again:
+            self._wait_a_turn()
         else:
             self._pump()
 

@@ -7,7 +7,7 @@ import ipaddress
 import random
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,10 +45,8 @@ log = structlog.get_logger(__name__)
 _RESOLVE_S = 3.0
 _JOIN_AT_ONCE = 16
 _SEEDS = 24
-_LARGE_PROBES = 4
+_LARGE_PROBES = 2
 """In a large mesh there is more talk to learn from; probes are so many times rarer."""
-_GLANCES = 0.75
-"""In a large mesh, so many of the look-ups that already have records in hand ask the nearest holders alone, on one path."""
 _NEAR_ENOUGH = 3
 _LONG_LOST_S = 20.0
 _REUNITE_EVERY_S = 5.0
@@ -238,23 +236,11 @@ class DhtNode:
         return (await self.crawl(key, accept=None, timeout_s=2 * self.config.lookup_timeout_s)).nearest
 
     async def crawl(
-        self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None, known: Sequence[Record] = ()
+        self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None, known: Iterable[Record] = ()
     ) -> Outcome:
         """One look-up; ``known`` are records under the key that need not be fetched again."""
-        large, paths = self.is_large, None
-        if large and known and width is None and self._rng.random() < _GLANCES:
-            width, paths = self.config.holders, 1
         crawl = Crawl(
-            self.protocol,
-            self.memory,
-            self.config,
-            self.clock,
-            key=key,
-            accept=accept,
-            width=width,
-            paths=paths,
-            known=known,
-            sparing=large,
+            self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width, known=known, sparing=self.is_large
         )
         outcome = await crawl.run(self.seeds(key), timeout_s=timeout_s)
         self._nearest[key] = outcome.nearest[: self.config.k]

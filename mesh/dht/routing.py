@@ -220,33 +220,18 @@ class Table(RoutingTable):  # type: ignore[misc]
     def nearest(self, target: bytes, count: int, *, accept: Callable[[Contact], bool] = lambda contact: True) -> list[Contact]:
         """The ``count`` contacts truly nearest to ``target``, nearest first.
 
-        All ids that begin as the target does are nearer to it than any that do not. So the buckets of the longest common beginning come
-        first, then those of one bit less, until enough contacts are in hand.
+        Ranges of buckets do not overlap in XOR distance from any target, so buckets are taken in order of their smallest possible
+        distance until enough contacts are in hand.
         """
         goal = int.from_bytes(target)
-        buckets, last = self.buckets, len(self.buckets) - 1
-        low = high = self._index(goal)
-        bits = buckets[low].bits
         found: list[Contact] = []
-        ring = list(buckets[low].nodes.values())
-        while True:
-            ring.sort(key=lambda contact: contact.long_id ^ goal)
-            for contact in ring:
+        for bucket in sorted(self.buckets, key=lambda bucket: (bucket.low ^ goal) >> bucket.bits << bucket.bits):
+            for contact in sorted(bucket.nodes.values(), key=lambda contact: contact.long_id ^ goal):
                 if accept(contact):
                     found.append(contact)
                     if len(found) >= count:
                         return found
-            if low == 0 and high == last:
-                return found
-            bits += 1
-            first = goal >> bits << bits
-            end, ring = first + (1 << bits), []
-            while low > 0 and buckets[low - 1].low >= first:
-                low -= 1
-                ring += buckets[low].nodes.values()
-            while high < last and buckets[high + 1].low < end:
-                high += 1
-                ring += buckets[high].nodes.values()
+        return found
 
     def estimate_nodes(self) -> int:
         """How many nodes the network has, judged by how near our nearest k are: k / (distance of the k-th / 2^256)."""

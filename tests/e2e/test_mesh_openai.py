@@ -231,6 +231,7 @@ def test_looking_commands_speak_json(up: LocalUp) -> None:
     assert MODEL in up.mesh("models").stdout
 
 
+@pytest.mark.timeout(600)  # on a starved machine its engines take minutes
 def test_kill_of_a_worker_under_load_on_the_real_engine(up: LocalUp) -> None:
     """Last in this file: it leaves the mesh with one worker."""
     victim = next(node for node in up.about["nodes"] if node["role"] == "worker")
