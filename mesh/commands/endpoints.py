@@ -19,7 +19,7 @@ from mesh.authority import Authority, open_mesh
 from mesh.client import Client, ClientSettings, resolve
 from mesh.commands.asking import operates
 from mesh.commands.documents import OWN_PROJECT, change_document, operator_settings
-from mesh.commands.limits import COLUMNS, amount_options, read_amounts
+from mesh.commands.limits import COLUMNS, amount_options, check_endpoint, read_amounts
 from mesh.commands.prompts import load_prompt_key
 from mesh.commands.shared import Duration, F, MeshCommand, day, json_option, lasting, note, print_json, print_table, run, short
 from mesh.commands.user import access_options, get, objects
@@ -29,7 +29,6 @@ from mesh.endpoints import (
     MAX_MODEL_CHARS,
     MAX_TIMEOUT_MS,
     MIN_KEEP_S,
-    NAME,
     Endpoint,
     Recording,
     changeable_endpoint,
@@ -95,7 +94,7 @@ def create(
 ) -> None:
     """Make an endpoint: keys of its project call it as they call a model, by its name. Limits hold beside all others."""
     authority, owner = _signing(home), _project(project, home, api_key)
-    fresh = _changed(Endpoint(project=owner, name=_name(name), model=short("--model", model, MAX_MODEL_CHARS)), content)
+    fresh = _changed(Endpoint(project=owner, name=check_endpoint(name), model=short("--model", model, MAX_MODEL_CHARS)), content)
 
     def change(former: Document | None) -> bytes:
         if former is not None and parse_endpoint(former) is not None:
@@ -133,7 +132,7 @@ def set_endpoint(
             _changed(found if model is None else replace(found, model=short("--model", model, MAX_MODEL_CHARS)), content)
         )
 
-    _write(authority, home, url, api_key, owner, _name(name), change, as_json)
+    _write(authority, home, url, api_key, owner, check_endpoint(name), change, as_json)
 
 
 @endpoint.command("delete", cls=MeshCommand, epilog="Example: mesh endpoint delete chat --project search")
@@ -150,7 +149,7 @@ def delete(name: str, project: str | None, url: str | None, api_key: str | None,
             raise UsageError(f"the project '{owner}' has no endpoint '{name}'")
         return encode_endpoint(None)
 
-    _write(authority, home, url, api_key, owner, _name(name), change, as_json)
+    _write(authority, home, url, api_key, owner, check_endpoint(name), change, as_json)
 
 
 @endpoint.command("list", cls=MeshCommand, epilog="Example: mesh endpoint list --json")
@@ -283,12 +282,6 @@ def _project(project: str | None, home: Path, api_key: str | None) -> str:
     if project is None or project == OWN_PROJECT:
         raise UsageError("whose endpoint? --project P")
     return short("--project", project, MAX_PROJECT_CHARS)
-
-
-def _name(name: str) -> str:
-    if NAME.fullmatch(name) is None:
-        raise UsageError("an endpoint's name is 1 to 63 letters, digits, '.', '_' or '-'")
-    return name
 
 
 def _changed(former: Endpoint, content: dict[str, Any]) -> Endpoint:

@@ -204,8 +204,7 @@ def list_limits(url: str | None, home: Path, as_json: bool) -> None:
 
 
 def _set_endpoint(project: str, endpoint: str, changes: dict[str, float | None], home: Path, url: str | None, as_json: bool) -> None:
-    if NAME.fullmatch(endpoint) is None:
-        raise UsageError("an endpoint's name is 1 to 63 letters, digits, '.', '_' or '-'")
+    check_endpoint(endpoint)
 
     def change(former: Document | None) -> bytes:
         found = changeable_endpoint(former, project, endpoint)
@@ -233,6 +232,13 @@ async def _endpoints(client: Client, project: str | None = None) -> list[dict[st
         for entry in listed
         if isinstance(limits := entry.get("limits"), dict) and limits and project in (None, entry.get("project"))
     ]
+
+
+def check_endpoint(name: str) -> str:
+    """The same name. Raises `UsageError` if no endpoint can have it."""
+    if NAME.fullmatch(name) is None:
+        raise UsageError("an endpoint's name is 1 to 63 letters, digits, '.', '_' or '-'")
+    return name
 
 
 def endpoint_name(endpoint: str) -> str:

@@ -30,6 +30,16 @@ def shared(limit: Limit) -> Document:
     return Document(kind="limits", name="project:p", seq=1, previous=b"", issued=0.0, body=body)
 
 
+async def with_budget(loop: VirtualLoop, proxies: int, budget: float, *, seed: int = 1) -> Floor:
+    """Proxies that share a day's tokens and are settled."""
+    floor = Floor(loop, proxies, seed=seed)
+    floor.document = shared(Limit(tokens_per_day=budget))
+    for seat in floor.seats:
+        seat.limiter.take_document(floor.document)
+    await floor.settled()
+    return floor
+
+
 @pytest.mark.parametrize("proxies", [2, 8])
 def test_overloaded_and_skewed_limit_is_used_whole_and_never_exceeded(proxies: int) -> None:
     async def main(loop: VirtualLoop) -> None:
@@ -94,11 +104,7 @@ def test_shared_budget_is_not_overshot(fault: Callable[[Floor], Coroutine[Any, A
     budget = 200_000.0
 
     async def main(loop: VirtualLoop) -> None:
-        floor = Floor(loop, 8, seed=seed)
-        floor.document = shared(Limit(tokens_per_day=budget))
-        for seat in floor.seats:
-            seat.limiter.take_document(floor.document)
-        await floor.settled()
+        floor = await with_budget(loop, 8, budget, seed=seed)
         load = floor.load([key_of()], call_of(max_tokens=400), rate=40, seconds=75, weights=zipf(8), usage=(60, 140), takes_s=1.0)
         loading = loop.create_task(load)
         await asyncio.sleep(8)
@@ -119,11 +125,7 @@ def test_a_proxy_that_is_cut_off_for_good_takes_nothing_beyond_a_budget(after_s:
     budget = 200_000.0
 
     async def main(loop: VirtualLoop) -> None:
-        floor = Floor(loop, 4)
-        floor.document = shared(Limit(tokens_per_day=budget))
-        for seat in floor.seats:
-            seat.limiter.take_document(floor.document)
-        await floor.settled()
+        floor = await with_budget(loop, 4, budget)
         load = floor.load([key_of()], call_of(max_tokens=400), rate=40, seconds=70, weights=zipf(4), usage=(60, 140), takes_s=1.0)
         loading = loop.create_task(load)
         await asyncio.sleep(after_s)
