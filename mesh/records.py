@@ -84,6 +84,10 @@ class Load:
     kv_use: float = 0.0
 
 
+_NO_CAPABILITY, _NO_LOAD = Capability(), Load()
+_CAPABILITY_FIELDS = ("gpu", "gpus", "mb", "reg", "tier", "eng", "max")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A verified record, or one about to be signed. Times are wall-clock seconds; ``boot`` is the node's start in ms.
@@ -211,15 +215,7 @@ def _record_from(
         state=state,
         addresses=read_strs(payload, "addr", default=(), max_items=8),
         models=tuple(_model_from(item) for item in read_maps(payload, "mod")),
-        capability=Capability(
-            gpu=read_str(payload, "gpu", default="", max_len=64),
-            gpu_count=read_int(payload, "gpus", default=0, high=1024),
-            memory_bytes=read_int(payload, "mb", default=0, high=2**32) << 20,
-            region=read_str(payload, "reg", default="", max_len=64),
-            tier=read_str(payload, "tier", default="", max_len=64),
-            engine=read_str(payload, "eng", default="", max_len=32),
-            max_concurrency=read_int(payload, "max", default=0, high=10**6),
-        ),
+        capability=_capability_from(payload),
         load=_load_from(payload),
         reason=read_str(payload, "why", default="", max_len=120),
         api=read_str(payload, "api", default=""),
@@ -257,8 +253,24 @@ def _model_from(payload: dict[str, Any]) -> ModelEntry:
     )
 
 
+def _capability_from(payload: dict[str, Any]) -> Capability:
+    if payload.keys().isdisjoint(_CAPABILITY_FIELDS):
+        return _NO_CAPABILITY
+    return Capability(
+        gpu=read_str(payload, "gpu", default="", max_len=64),
+        gpu_count=read_int(payload, "gpus", default=0, high=1024),
+        memory_bytes=read_int(payload, "mb", default=0, high=2**32) << 20,
+        region=read_str(payload, "reg", default="", max_len=64),
+        tier=read_str(payload, "tier", default="", max_len=64),
+        engine=read_str(payload, "eng", default="", max_len=32),
+        max_concurrency=read_int(payload, "max", default=0, high=10**6),
+    )
+
+
 def _load_from(payload: dict[str, Any]) -> Load:
-    values = payload.get("load", [0, 0, 0])
+    values = payload.get("load")
+    if values is None and "load" not in payload:
+        return _NO_LOAD
     if not isinstance(values, list) or len(values) != 3:
         raise MalformedEnvelope("'load' must be three integers")
     fields = dict(zip(("running", "waiting", "kv"), values, strict=True))

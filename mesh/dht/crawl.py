@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
@@ -64,10 +64,12 @@ class Hop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """``nearest``: who answered, nearest first. ``full``: somebody says the key has overflowed. ``complete``: before the deadline."""
+    """``nearest``: who answered, nearest first. ``heard``: everybody that was spoken of. ``full``: somebody says the key has overflowed.
+    ``complete``: before the deadline."""
 
     key: bytes
     nearest: list[Contact]
+    heard: list[Contact]
     holders: list[Contact]
     full: bool
     complete: bool
@@ -158,21 +160,22 @@ class Crawl:
         self._began = clock.monotonic()
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
         self._asked_now = False
+        self._first: Sequence[Contact] = ()
+        self._seeds: Callable[[], Sequence[Contact]] = tuple
+        self._told: list[tuple[Contact, object]] = []
         self._turn: asyncio.Handle | None = None
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-    async def run(self, seeds: Sequence[Contact], *, timeout_s: float) -> Outcome:
-        """Look up, beginning at ``seeds``, for at most ``timeout_s``."""
-        seeds = sorted(seeds, key=self._distance)
-        count = max(1, min(self._config.paths, len(seeds)))
-        self._paths = [_Path(number, -(-self._width // count) + 1, self._config.alpha) for number in range(count)]
-        self._main.width, self._main.alpha = self._width, self._config.alpha * count
-        for at, contact in enumerate(seeds):
-            path = self._belongs[contact.id] = self._paths[at % count]
-            path.append(contact, self._distance(contact))
-            self._main.append(contact, self._distance(contact))
+    async def run(self, first: Sequence[Contact], seeds: Callable[[], Sequence[Contact]], *, timeout_s: float) -> Outcome:
+        """Look up, for at most ``timeout_s``, beginning at ``seeds``, nearest first. The ``first`` of them is asked before anything else
+        is done; if there is none, nobody is."""
+        self._first, self._seeds = first, seeds
         deadline = asyncio.get_running_loop().call_later(timeout_s, self._finish, False)
-        self._pump()
+        if first:
+            self._ask(first[0], self._main)
+            self._wait_a_turn(two=True)
+        else:
+            self._finish(True)
         try:
             complete = await self._done
         finally:
@@ -188,12 +191,26 @@ class Crawl:
         return Outcome(
             key=self._key,
             nearest=sorted(answered, key=self._distance),
+            heard=list(self._main),
             holders=self._collector.holders if self._collector is not None else [],
             full=self._collector is not None and self._collector.full,
             complete=complete,
             elapsed_s=self._clock.monotonic() - self._began,
             hops=self._report(),
         )
+
+    def _lay_out(self) -> None:
+        """The main path with all seeds, and the others with a share each."""
+        seeds = self._seeds() or self._first
+        count = min(self._config.paths, len(seeds))
+        self._paths = [_Path(number, -(-self._width // count) + 1, self._config.alpha) for number in range(count)]
+        self._main.width, self._main.alpha = self._width, self._config.alpha * count
+        for at, contact in enumerate(seeds):
+            path, distance = self._paths[at % count], self._distance(contact)
+            self._belongs[contact.id] = path
+            path.append(contact, distance)
+            self._main.append(contact, distance)
+        self._belongs.setdefault(self._first[0].id, self._paths[0])
 
     def _report(self) -> list[Hop]:
         hops = list(self._hops.values())[:_MAX_HOPS_LOGGED]
@@ -213,6 +230,11 @@ class Crawl:
         """Ask whoever should be asked first; finish when there is nobody left to ask or wait for."""
         if self._done.done():
             return
+        if not self._paths:
+            self._lay_out()
+        for teller, contacts in self._told:
+            self._learn(teller, contacts)
+        self._told.clear()
         self._asked_now = False
         waiting = False
         for path in (self._main, *self._paths):
@@ -321,18 +343,26 @@ class Crawl:
         body = reply.bodies[0]
         try:
             if self._collector is None:
-                self._learn(hop.contact, body[0] if body else b"")
+                self._told.append((hop.contact, body[0] if body else b""))
             else:
-                self._learn(hop.contact, self._collector.first(hop.contact, body))
+                self._told.append((hop.contact, self._collector.first(hop.contact, body)))
                 self._collector.rest(hop.contact, reply.bodies[1:])
         except TrustError as error:
-            self._protocol.counts.refuse(f"reply_{error.code}", hop.contact, now=self._clock.monotonic())
+            self._refuse(hop.contact, error)
 
     def _learn(self, teller: Contact, data: object) -> None:
         path = self._belongs[teller.id]
-        for contact in parse_contacts(data, limit=self._config.k):
+        try:
+            contacts = parse_contacts(data, limit=self._config.k)
+        except TrustError as error:
+            self._refuse(teller, error)
+            return
+        for contact in contacts:
             if contact.id != self._protocol.own_id:
                 self._hear(path, contact, teller.id)
+
+    def _refuse(self, teller: Contact, error: TrustError) -> None:
+        self._protocol.counts.refuse(f"reply_{error.code}", teller, now=self._clock.monotonic())
 
     def _hear(self, path: _Path, contact: Contact, teller: bytes) -> None:
         distance = self._distance(contact)

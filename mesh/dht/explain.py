@@ -16,7 +16,7 @@ import msgpack
 from mesh.dht.address import Address, is_dialable, normalise
 from mesh.dht.crawl import Hop
 from mesh.dht.exchange import Standing
-from mesh.dht.keys import MAX_LEVEL, allowed_keys, level_of, rank, sub_shards
+from mesh.dht.keys import MAX_LEVEL, AllowedKeys, level_of, rank, sub_shards
 from mesh.dht.node import DhtNode
 from mesh.dht.protocol import EMPTY, Op, parse_found
 from mesh.dht.routing import Contact
@@ -108,7 +108,7 @@ class _Reading:
 
     def add(self, key: bytes, record: Record, holder: bytes) -> None:
         """A record that has been verified."""
-        verdict = GOOD if key in allowed_keys(record) else WRONG_KEY
+        verdict = GOOD if key in AllowedKeys(record) else WRONG_KEY
         one = Found(node_id=record.node_id, order=record.order, verdict=verdict, record=record)
         self.found.setdefault((one.node_id, one.order, one.verdict), one).holders[holder] = None
 
@@ -123,7 +123,7 @@ class _Reading:
             return Found(node_id=claim.node_id, order=claim.order, verdict=EXPIRED, reason=error.message)
         except TrustError as error:
             return Found(node_id=claim.node_id, order=claim.order, verdict=error.code, reason=error.message)
-        verdict = GOOD if key in allowed_keys(record) else WRONG_KEY
+        verdict = GOOD if key in AllowedKeys(record) else WRONG_KEY
         if not record.alive(self._node.clock.wall()):
             verdict = EXPIRED
         return Found(node_id=record.node_id, order=record.order, verdict=verdict, record=record)

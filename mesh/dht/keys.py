@@ -54,8 +54,18 @@ def indexes(record: Record) -> Iterator[tuple[str, str]]:
             yield "model", entry.name
 
 
-def allowed_keys(record: Record) -> dict[bytes, None]:
-    """Every key, at any level, that this record may be stored under."""
-    return {
-        directory_key(kind, name, shard_of(record.node_id, level)): None for kind, name in indexes(record) for level in range(MAX_LEVEL + 1)
-    }
+class AllowedKeys:
+    """Every key, at any level, that a record may be stored under: made as far as anybody asks, since most stand at the first level."""
+
+    def __init__(self, record: Record) -> None:
+        node_id, names = record.node_id, list(indexes(record))
+        self._made: set[bytes] = set()
+        self._left = (directory_key(kind, name, shard_of(node_id, level)) for level in range(MAX_LEVEL + 1) for kind, name in names)
+
+    def __contains__(self, key: object) -> bool:
+        while key not in self._made:
+            made = next(self._left, None)
+            if made is None:
+                return False
+            self._made.add(made)
+        return True

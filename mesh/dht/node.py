@@ -9,6 +9,7 @@ import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -27,10 +28,12 @@ from mesh.dht.mesh_time import MeshTime
 from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
 from mesh.dht.publish import Publisher
-from mesh.dht.routing import ID_BITS, Contact, Table
+from mesh.dht.routing import ID_BITS, ID_BYTES, Contact, Table, parse_contacts
+from mesh.dht.rpc import Reply
 from mesh.dht.session import Sessions
 from mesh.dht.state import KnownPeer, load_peers, save_peers
 from mesh.dht.storage import Held, RecordStore, Verdict
+from mesh.dht.strangers import Strangers
 from mesh.dht.tasks import Tasks
 from mesh.dht.verify import Verifier, lifetime_s, peek
 from mesh.errors import ConfigError, TrustError
@@ -47,6 +50,7 @@ _JOIN_AT_ONCE = 16
 _SEEDS = 24
 _LARGE_PROBES = 2
 """In a large mesh there is more talk to learn from; probes are so many times rarer."""
+_FEW_CONTACTS = 3
 _NEAR_ENOUGH = 3
 _LONG_LOST_S = 20.0
 _REUNITE_EVERY_S = 5.0
@@ -80,6 +84,9 @@ class DhtNode:
         self.time = MeshTime(clock)
         self.memory = PeerMemory(config, rng)
         self.table = Table(identity.node_id, config)
+        self.strangers = Strangers(self.table, self.memory)
+        self.is_large = False
+        """Whether the mesh is so large that traffic matters more than a few seconds, judged once a second."""
         self.verifier = verifier if verifier is not None else Verifier(MembershipCache(identity.trust))
         self.store = RecordStore(self.verifier, config)
         boot = int(clock.wall() * 1000)
@@ -209,19 +216,15 @@ class DhtNode:
 
     # looking up and storing
 
-    @property
-    def is_large(self) -> bool:
-        """Whether the mesh is so large that traffic matters more than a few seconds."""
-        return len(self.table) > 2 * self.config.k and self.table.estimate_nodes() >= self.config.large_mesh
-
-    def seeds(self, key: bytes) -> list[Contact]:
-        """Where a look-up begins: who stood nearest the last time, and the nearest contacts, but not those that lately kept silent."""
+    def seeds(self, key: bytes, count: int = _SEEDS) -> list[Contact]:
+        """Where a look-up begins, nearest first: who stood nearest the last time, and the ``count`` nearest contacts, but not those that
+        lately kept silent."""
         now = self.clock.monotonic()
-        self.table.touch(key, now)
-        good = self.table.nearest(key, _SEEDS, accept=lambda contact: not self.memory.shunned(contact.id, now))
-        found = {contact.id: contact for contact in self._nearest.get(key, [])}
-        found.update((contact.id, contact) for contact in good)
-        return list(found.values()) or self.table.nearest(key, _SEEDS)
+        found = self.table.nearest(key, count, accept=lambda contact: not self.memory.shunned(contact.id, now))
+        if (last := self._nearest.get(key)) is not None:
+            goal = int.from_bytes(key)
+            found = sorted({contact.id: contact for contact in (*last, *found)}.values(), key=lambda contact: contact.long_id ^ goal)
+        return found or self.table.nearest(key, count)
 
     def guess(self, key: bytes, count: int) -> list[Contact]:
         """The ``count`` nodes of our table nearest to ``key``, if they stand about as near as the nearest of the whole network do."""
@@ -242,7 +245,8 @@ class DhtNode:
         crawl = Crawl(
             self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width, known=known, sparing=self.is_large
         )
-        outcome = await crawl.run(self.seeds(key), timeout_s=timeout_s)
+        outcome = await crawl.run(self.seeds(key, 1), partial(self.seeds, key), timeout_s=timeout_s)
+        self.table.touch(key, self.clock.monotonic())
         self._nearest[key] = outcome.nearest[: self.config.k]
         self._nearest.move_to_end(key)
         if len(self._nearest) > _KEYS_REMEMBERED:
@@ -250,6 +254,8 @@ class DhtNode:
         self.counts.add("lookups")
         if not outcome.complete:
             self.counts.add("lookups_cut_short")
+        if not self.is_large:
+            self.strangers.hear(outcome.heard)
         return outcome
 
     def _hold(self, record: Record, pulse: Pulse) -> None:
@@ -437,7 +443,10 @@ class DhtNode:
         """Every second: what has expired goes. Now and then: probe the silent, refresh buckets, save."""
         now = self.clock.monotonic()
         self.store.expire(now)
+        self.is_large = len(self.table) > 2 * self.config.k and self.table.estimate_nodes() >= self.config.large_mesh
         self.publisher.unhurried = self.is_large
+        if not self.is_large and (stranger := self.strangers.take(now)) is not None:
+            self._inquire(stranger)
         if self._due("probe", now, self.config.probe_interval_s * (_LARGE_PROBES if self.is_large else 1)):
             self._probe_silent(now)
         if self._due("buckets", now, self.config.refresh_bucket_s / 4):
@@ -456,10 +465,26 @@ class DhtNode:
     def _probe_silent(self, now: float) -> None:
         contact = self.table.longest_silent()
         if contact is not None and now - contact.seen > 2 * self.config.probe_interval_s:
-            self.protocol.probe(contact)
+            if self.is_large:
+                self.protocol.probe(contact)
+            else:
+                self._inquire(contact)
         lost = [self._remembered[node_id] for node_id in self._lost if node_id in self._remembered]
         if lost:
             self.protocol.probe(self._rng.choice(lost))
+
+    def _inquire(self, contact: Contact) -> None:
+        """A probe that also asks who stands around some place: for few once there is nobody left to be met."""
+        body = msgpack.packb([self._rng.randbytes(ID_BYTES), self.config.k if len(self.strangers) else _FEW_CONTACTS])
+        self.protocol.ask(contact.address, Op.FIND_NODE, body, self._hear_of, node_id=contact.id)
+
+    def _hear_of(self, reply: Reply | None) -> None:
+        if reply is None or not reply.bodies or not reply.bodies[0]:
+            return
+        try:
+            self.strangers.hear(parse_contacts(reply.bodies[0][0], limit=self.config.k))
+        except TrustError as error:
+            self.counts.refuse(f"reply_{error.code}", reply.address, now=self.clock.monotonic())
 
     async def _save(self) -> None:
         if self._state_dir is None or not self._remembered:

@@ -29,6 +29,7 @@ class PeerMemory:
         self._rng = rng
         self._size = size
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
+        self._failing: set[bytes] = set()
         self._usual_s = 0.0
         self._spread_s = 0.0
 
@@ -37,7 +38,7 @@ class PeerMemory:
         if peer is None:
             peer = self._peers[node_id] = _Peer()
             if len(self._peers) > self._size:
-                self._peers.popitem(last=False)
+                self._failing.discard(self._peers.popitem(last=False)[0])
         else:
             self._peers.move_to_end(node_id)
         return peer
@@ -47,6 +48,7 @@ class PeerMemory:
         peer = self._peer(node_id)
         peer.failures = 0
         peer.shunned_until = 0.0
+        self._failing.discard(node_id)
         if rtt_s is None:
             return
         if peer.srtt_s == 0.0:
@@ -68,18 +70,17 @@ class PeerMemory:
             return 0
         peer.failures += 1
         peer.failed_at = now
+        self._failing.add(node_id)
         pause = min(_BACKOFF_MAX_S, _BACKOFF_S * 2 ** min(peer.failures - 1, 8))
         peer.shunned_until = now + pause * self._rng.uniform(0.75, 1.25)
         return peer.failures
 
     def shunned(self, node_id: bytes, now: float) -> bool:
         """Whether it has failed lately: a look-up does not wait for it."""
-        peer = self._peers.get(node_id)
-        return peer is not None and now < peer.shunned_until
+        return node_id in self._failing and now < self._peers[node_id].shunned_until
 
     def failing(self, node_id: bytes) -> bool:
-        peer = self._peers.get(node_id)
-        return peer is not None and peer.failures > 0
+        return node_id in self._failing
 
     def rtt_s(self, node_id: bytes) -> float:
         peer = self._peers.get(node_id)

@@ -270,12 +270,10 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
 
     def _contacts(self, request: Request, target: bytes, count: int, room: int) -> bytes:
         """The nearest contacts that answer, but not the asker, and no loopback address for anybody elsewhere."""
-        local = is_loopback(request.address.host)
+        asker, failing, local = request.node_id, self.memory.failing, is_loopback(request.address.host)
 
         def fit(contact: Contact) -> bool:
-            if contact.id == request.node_id or self.memory.failing(contact.id):
-                return False
-            return local or not is_loopback(contact.address.host)
+            return contact.id != asker and not failing(contact.id) and (local or not is_loopback(contact.address.host))
 
         return encode_contacts(self.router.nearest(target, count, accept=fit), room)
 

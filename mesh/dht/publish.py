@@ -65,13 +65,19 @@ class _Place:
     wanted: int = 0
     walk_at: float = float("-inf")
     walking: bool = False
+    guessed: bool = False
+    """Its holders come from our table, and none of them has contradicted yet."""
     rounds: int = 0
     gave: dict[bytes, tuple[Contact, float]] = field(default_factory=dict)
     """Whoever took a record of ours, and until when (monotonic) they may still hold it."""
 
+    @property
+    def goal(self) -> int:
+        return int.from_bytes(self.key)
+
     def ordered(self) -> list[Contact]:
         """The holders, nearest first."""
-        goal = int.from_bytes(self.key)
+        goal = self.goal
         return sorted(self.holders.values(), key=lambda contact: contact.long_id ^ goal)
 
 
@@ -142,7 +148,7 @@ class Publisher:
                 continue
             if len(ordered) < most or contact.long_id ^ goal < ordered[most - 1].long_id ^ goal:
                 place.holders = {holder.id: holder for holder in ordered[: most - 1]} | {contact.id: contact}
-                place.walk_at = min(place.walk_at, self._clock.monotonic() + self._config.refresh_s)
+                place.guessed = True
                 work = self._store_at(self._record, contact, [place], {place.key: 0})
                 self._tasks.start(work, name="directory newcomer")
 
@@ -274,7 +280,8 @@ class Publisher:
             if not place.holders and (guessed := self._guess(place.key, place.most)):
                 place.holders = {contact.id: contact for contact in guessed}
                 place.wanted = len(guessed)
-                place.walk_at = self._clock.monotonic() + self._config.refresh_s * self._rng.uniform(0.1, 0.9)
+                place.guessed = True
+                place.walk_at = self._next_walk()
         await asyncio.gather(*(self._find_holders(place) for place in places if not place.holders))
 
     async def _find_holders(self, place: _Place) -> list[Contact]:
@@ -290,9 +297,13 @@ class Publisher:
         if found:
             place.holders = {contact.id: contact for contact in found}
         place.wanted = len(place.holders)
-        rarely = _UNHURRIED_WALKS if self.unhurried else 1
-        place.walk_at = self._clock.monotonic() + rarely * self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+        place.guessed = False
+        place.walk_at = self._next_walk()
         return fresh
+
+    def _next_walk(self) -> float:
+        rarely = _UNHURRIED_WALKS if self.unhurried else 1
+        return self._clock.monotonic() + rarely * self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
 
     def _due(self, place: _Place) -> list[Contact]:
         """The holders of this round: the nearest each time, the spares every other time; of news, whoever may hold an older record."""
@@ -367,8 +378,7 @@ class Publisher:
                 self._give(contact.id, record)
                 self._note_holder(place, contact, record)
                 accepted[place.key] += 1
-                if others > self._config.holders + self._config.spares:
-                    place.walk_at = float("-inf")
+                self._hear_of_nearer(place, contact, others)
             elif verdict is Verdict.FULL:
                 place.full += 1
                 place.refused = contact
@@ -386,9 +396,16 @@ class Publisher:
         for place, others in zip(places, nearer, strict=True):
             self._note_holder(place, contact, self._base)
             accepted[place.key] += 1
-            if others > self._config.holders + self._config.spares:
-                place.walk_at = float("-inf")
+            self._hear_of_nearer(place, contact, others)
         return True
+
+    def _hear_of_nearer(self, place: _Place, contact: Contact, others: int) -> None:
+        """A holder knows so many nodes nearer to the key than itself: too many for a holder, or more than we thought of."""
+        if others > self._config.holders + self._config.spares:
+            place.walk_at = float("-inf")
+        elif place.guessed and others > sum(one.long_id ^ place.goal < contact.long_id ^ place.goal for one in place.holders.values()):
+            place.guessed = False
+            place.walk_at = self._clock.monotonic() + self._config.refresh_s * self._rng.uniform(0.1, 0.9)
 
     def _note_holder(self, place: _Place, contact: Contact, record: Record) -> None:
         now = self._clock.monotonic()

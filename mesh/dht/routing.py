@@ -5,6 +5,7 @@ Only nodes that proved key, membership and address are added; `protocol` sees to
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 
 from kademlia.node import Node
@@ -17,6 +18,8 @@ from mesh.errors import MalformedEnvelope
 ID_BITS = 256
 ID_BYTES = 32
 _REPLACEMENTS = 2
+_SEEN_S = 1.0
+"""Signs of life closer together than this count as one."""
 
 
 class Contact(Node):  # type: ignore[misc]
@@ -25,12 +28,19 @@ class Contact(Node):  # type: ignore[misc]
     id: bytes
     long_id: int
 
-    __slots__ = ("address", "seen")
+    __slots__ = ("_packed", "address", "seen")
 
     def __init__(self, node_id: bytes, address: Address, *, seen: float = 0.0) -> None:
         super().__init__(node_id, address.host, address.port)
         self.address = address
         self.seen = seen
+        self._packed = b""
+
+    @property
+    def packed(self) -> bytes:
+        """As it travels: id and address."""
+        self._packed = self._packed or self.id + encode_address(self.address)
+        return self._packed
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -50,10 +60,9 @@ def encode_contacts(contacts: list[Contact], room: int) -> bytes:
     """As many contacts, in the order given, as fit into ``room`` bytes."""
     out = bytearray()
     for contact in contacts:
-        packed = contact.id + encode_address(contact.address)
-        if len(out) + len(packed) > room:
+        if len(out) + len(contact.packed) > room:
             break
-        out += packed
+        out += contact.packed
     return bytes(out)
 
 
@@ -121,9 +130,11 @@ class Table(RoutingTable):  # type: ignore[misc]
     def flush(self) -> None:
         self.buckets = [Bucket(0, (1 << ID_BITS) - 1, self.ksize)]
         self._subnets = {}
+        self._ids: list[int] = []
+        self._contacts: dict[int, Contact] = {}
 
     def __len__(self) -> int:
-        return sum(len(bucket.nodes) for bucket in self.buckets)
+        return len(self._ids)
 
     def __iter__(self) -> Iterator[Contact]:
         for bucket in self.buckets:
@@ -143,16 +154,21 @@ class Table(RoutingTable):  # type: ignore[misc]
         return low
 
     def get(self, node_id: bytes) -> Contact | None:
-        return self.bucket_of(int.from_bytes(node_id)).nodes.get(node_id)
+        return self._contacts.get(int.from_bytes(node_id))
+
+    def has_room(self, node_id: bytes) -> bool:
+        """Whether one of this id would be added now, its subnet aside."""
+        bucket = self.bucket_of(int.from_bytes(node_id))
+        return len(bucket.nodes) < self.ksize or self._may_split(bucket)
 
     def seen(self, node_id: bytes, address: Address, now: float) -> Contact | None:
         """A proven node gave a sign of life. Returns the contact that ought to be probed to make room, if any."""
-        bucket = self.bucket_of(int.from_bytes(node_id))
-        known = bucket.nodes.get(node_id)
+        known = self.get(node_id)
         if known is not None and known.address == address:
-            known.seen = now
-            bucket.nodes.pop(node_id)
-            bucket.nodes[node_id] = known
+            if now - known.seen >= _SEEN_S:
+                known.seen = now
+                bucket = self.bucket_of(known.long_id)
+                bucket.nodes[node_id] = bucket.nodes.pop(node_id)
             return None
         if known is not None:
             self.remove(node_id)
@@ -166,7 +182,7 @@ class Table(RoutingTable):  # type: ignore[misc]
             bucket = self.buckets[index]
             if bucket.add_node(contact):
                 bucket.replacement_nodes.pop(contact.id, None)
-                self._count(contact, 1)
+                self._enter(contact)
                 self.on_added(contact)
                 return None
             if not self._may_split(bucket):
@@ -191,13 +207,13 @@ class Table(RoutingTable):  # type: ignore[misc]
         gone = bucket.nodes.pop(node_id, None)
         if gone is None:
             return
-        self._count(gone, -1)
+        self._leave(gone)
         self.on_removed(gone)
         self._fill(bucket)
 
     def _fill(self, bucket: Bucket) -> None:
         while (promoted := bucket.promote()) is not None:
-            self._count(promoted, 1)
+            self._enter(promoted)
             self.on_added(promoted)
 
     def _subnet_full(self, contact: Contact) -> bool:
@@ -210,27 +226,43 @@ class Table(RoutingTable):  # type: ignore[misc]
         inside = sum(subnet_of(other.address.host) == subnet for other in bucket.nodes.values())
         return inside >= self._config.subnet_bucket_limit
 
-    def _count(self, contact: Contact, change: int) -> None:
+    def _enter(self, contact: Contact) -> None:
+        insort(self._ids, contact.long_id)
+        self._contacts[contact.long_id] = contact
         subnet = subnet_of(contact.address.host)
         if subnet is not None:
-            self._subnets[subnet] = self._subnets.get(subnet, 0) + change
-            if self._subnets[subnet] <= 0:
+            self._subnets[subnet] = self._subnets.get(subnet, 0) + 1
+
+    def _leave(self, contact: Contact) -> None:
+        del self._ids[bisect_left(self._ids, contact.long_id)]
+        del self._contacts[contact.long_id]
+        subnet = subnet_of(contact.address.host)
+        if subnet is not None:
+            self._subnets[subnet] -= 1
+            if not self._subnets[subnet]:
                 del self._subnets[subnet]
 
-    def nearest(self, target: bytes, count: int, *, accept: Callable[[Contact], bool] = lambda contact: True) -> list[Contact]:
+    def nearest(self, target: bytes, count: int, *, accept: Callable[[Contact], bool] | None = None) -> list[Contact]:
         """The ``count`` contacts truly nearest to ``target``, nearest first.
 
-        Ranges of buckets do not overlap in XOR distance from any target, so buckets are taken in order of their smallest possible
-        distance until enough contacts are in hand.
+        All ids that begin as the target does are nearer to it than any that do not, and stand side by side among the sorted ids: so the
+        beginning is shortened bit by bit, and of each bit only those that come with it are put in order.
         """
-        goal = int.from_bytes(target)
+        goal, ids, contacts = int.from_bytes(target), self._ids, self._contacts
         found: list[Contact] = []
-        for bucket in sorted(self.buckets, key=lambda bucket: (bucket.low ^ goal) >> bucket.bits << bucket.bits):
-            for contact in sorted(bucket.nodes.values(), key=lambda contact: contact.long_id ^ goal):
-                if accept(contact):
+        shift = ID_BITS - max(0, (len(ids) // count).bit_length() - 2)
+        low = high = bisect_left(ids, goal)
+        while high - low < len(ids):
+            start = goal >> shift << shift
+            left, right = bisect_left(ids, start, 0, low), bisect_left(ids, start + (1 << shift), high)
+            for long_id in sorted(ids[left:low] + ids[high:right], key=goal.__xor__):
+                contact = contacts[long_id]
+                if accept is None or accept(contact):
                     found.append(contact)
-                    if len(found) >= count:
+                    if len(found) == count:
                         return found
+            low, high = left, right
+            shift += 1
         return found
 
     def estimate_nodes(self) -> int:

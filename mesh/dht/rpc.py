@@ -22,7 +22,7 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgpack
 from rpcudp.protocol import RPCProtocol
@@ -50,8 +50,7 @@ _REPLY_FRAME_BYTES = _REQUEST_FRAME_BYTES + _REPLY_HEAD.size
 MAX_REQUEST_BODY_BYTES = MAX_DATAGRAM_BYTES - _REQUEST_FRAME_BYTES - COOKIE_BYTES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """A request from a peer that has shown its key. ``proven``: it also receives at this address.
 
     ``room`` is how many bytes one part of the reply's body may have, ``parts`` how many there may be.
@@ -74,8 +73,7 @@ class Request:
             raise ProveFirst
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class Reply(NamedTuple):
     """What a peer answered: the bodies of the parts that came. ``complete`` is False if some are missing."""
 
     node_id: bytes

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -31,8 +31,7 @@ OVERHEAD_BYTES = HEADER.size + TAG_BYTES
 _WINDOW = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """A datagram that some member sealed: who says it, which one of its datagrams it is, and the plain bytes. ``addressed``: it is for this
     node and no other."""
 

@@ -21,7 +21,7 @@ from kademlia.storage import IStorage
 
 from mesh.claims import CLOCK_SKEW_S
 from mesh.dht.config import DirectoryConfig
-from mesh.dht.keys import allowed_keys, indexes, rank
+from mesh.dht.keys import AllowedKeys, indexes, rank
 from mesh.dht.patch import base_of, encode_patch
 from mesh.dht.verify import Claim, Verifier, lifetime_s, peek
 from mesh.errors import Expired, TrustError
@@ -66,7 +66,7 @@ class Held:
     claim: Claim
     ends: float
     source: bytes
-    allowed: dict[bytes, None]
+    allowed: AllowedKeys
     keys: dict[bytes, None] = field(default_factory=dict)
     formers: tuple[tuple[bytes, bytes], ...] = ()
     """Name and bytes of the records before this one, the newest first: what a patch may build on."""
@@ -162,7 +162,7 @@ class RecordStore(IStorage):  # type: ignore[misc]
             return Verdict.OVER_QUOTA, None
         record = self._verifier.record(data, claim, now=wall)
         same = former is not None and list(indexes(former.record)) == list(indexes(record))
-        allowed = former.allowed if former is not None and same else allowed_keys(record)
+        allowed = former.allowed if former is not None and same else AllowedKeys(record)
         held = Held(record=record, claim=claim, ends=now + left_s, source=source, allowed=allowed)
         self._replace(held, former)
         return Verdict.ACCEPTED, held

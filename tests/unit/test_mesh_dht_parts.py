@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mesh.claims import CLOCK_SKEW_S
 from mesh.dht.address import Address, encode_address, is_dialable, normalise, parse_address, split_host_port, subnet_of
 from mesh.dht.config import DirectoryConfig
-from mesh.dht.keys import FANOUT, MAX_LEVEL, allowed_keys, first_shard, level_of, shard_of, sub_shards
+from mesh.dht.keys import FANOUT, MAX_LEVEL, AllowedKeys, first_shard, level_of, shard_of, sub_shards
 from mesh.dht.limits import Bucket, Buckets
 from mesh.dht.mesh_time import MAX_SHIFT_S, MeshTime
 from mesh.dht.patch import apply_patch, base_of, encode_patch
@@ -104,11 +104,15 @@ def test_shards_are_numbered_without_gaps_and_fit_two_bytes() -> None:
 def test_the_keys_a_record_may_stand_under_begin_with_those_it_is_published_under() -> None:
     scribe = Scribe()
     record = scribe.record(scribe.node())
-    assert set(record_keys(record)) <= set(allowed_keys(record))
-    assert len(allowed_keys(record)) == 2 * (MAX_LEVEL + 1)
-    loading = scribe.record(scribe.node(), state=State.LOADING)
-    assert model_key("smollm") not in allowed_keys(loading)
-    assert role_key(Role.WORKER) in allowed_keys(loading)
+    allowed = AllowedKeys(record)
+    assert model_key("other") not in allowed, "and asked for one that is not among them, it knows all of them"
+    assert all(key in allowed for key in record_keys(record))
+    below = [shard_of(record.node_id, level) for level in range(MAX_LEVEL + 1)]
+    assert all(key in AllowedKeys(record) for shard in below for key in (role_key(record.role, shard), model_key("smollm", shard)))
+    assert role_key(Role.WORKER, below[1] % FANOUT + 1) not in allowed, "another's sub-key"
+    loading = AllowedKeys(scribe.record(scribe.node(), state=State.LOADING))
+    assert model_key("smollm") not in loading
+    assert role_key(Role.WORKER) in loading
 
 
 # patches

@@ -65,7 +65,7 @@ def on_virtual_time(console: Console, only: tuple[str, ...], size: simulated.Siz
 @click.option("--ops", default=200, show_default=True, help="loopback: operations of each kind in each phase.")
 @click.option("--concurrency", default=8, show_default=True, help="loopback: operations at once.")
 @click.option("--dead", default=0.3, show_default=True, help="loopback: the share of nodes that die.")
-@click.option("--met", is_flag=True, help="loopback: every two of our nodes have spoken before, as in a mesh that has run for long.")
+@click.option("--settle", default=60.0, show_default=True, help="loopback: seconds from when all nodes have joined until work begins.")
 @click.option("--budget", default=60.0, show_default=True, help="loopback: a phase begins nothing more after so many seconds.")
 @click.option("--peers", default=",".join(loopback.PEERS), show_default=True, help="loopback: which, in which order.")
 @click.option("--hivemind-nodes", default=20, show_default=True, help="loopback: hivemind runs a process for each node.")
@@ -81,7 +81,7 @@ def main(
     ops: int,
     concurrency: int,
     dead: float,
-    met: bool,
+    settle: float,
     budget: float,
     peers: str,
     hivemind_nodes: int,
@@ -95,7 +95,7 @@ def main(
     console.print(f"{os.cpu_count()} cores, load {load:.1f} at the start")
     figures: Json = {"cores": os.cpu_count(), "load_at_start": load}
     if beside or not virtual:
-        plan = Plan(nodes=nodes or 200, ops=ops, concurrency=concurrency, dead=dead, met=met, budget_s=budget, seed=seed)
+        plan = Plan(nodes=nodes or 200, ops=ops, concurrency=concurrency, dead=dead, settle_s=settle, budget_s=budget, seed=seed)
         if quick:
             plan = replace(plan, nodes=nodes or 40, ops=min(ops, 40), budget_s=min(budget, 15), limit_s=30)
         figures["loopback"] = beside_others(console, plan, peers, min(hivemind_nodes, 8) if quick else hivemind_nodes)

@@ -23,15 +23,12 @@ from kademlia.network import Server  # noqa: E402
 
 from bench.directory.workload import First, Plan, drive  # noqa: E402
 from mesh.clock import SystemClock  # noqa: E402
-from mesh.dht.address import Address, split_host_port  # noqa: E402
-from mesh.dht.protocol import EMPTY, Op  # noqa: E402
 from mesh.directory import Directory, DirectoryConfig  # noqa: E402
 from mesh.records import ModelEntry, Record, State, seal_record  # noqa: E402
 from mesh.trust import Role  # noqa: E402
 from tests.support.authority import make_mesh  # noqa: E402
 
 HOST = "127.0.0.1"
-SETTLE_S = 5.0
 JOIN_AT_ONCE = 8
 
 
@@ -75,17 +72,7 @@ class Ours:
                 await directory.joined(timeout_s=30)
         assert all(await asyncio.gather(*(directory.joined(timeout_s=30) for directory in self._directories)))
         self._refreshing = [asyncio.create_task(self._refresh(number)) for number in range(self._plan.nodes)]
-        if self._plan.met:
-            await self._meet()
-        await asyncio.sleep(self._config.refresh_s + SETTLE_S)
-
-    async def _meet(self) -> None:
-        """A ping between any two that have not spoken yet: an introduction each."""
-        nodes = [directory.node for directory in self._directories]
-        for number, node in enumerate(nodes):
-            for other, text in zip(nodes[number + 1 :], self._addresses[number + 1 :], strict=True):
-                if node.sessions.by_node(other.identity.node_id) is None:
-                    await node.protocol.request(Address(*split_host_port(text)), Op.PING, EMPTY, node_id=other.identity.node_id)
+        await asyncio.sleep(self._plan.settle_s)
 
     def _record(self, number: int) -> Record:
         self._seq += 1
@@ -117,21 +104,10 @@ class Ours:
             return await self._directories[node].publish(self._record(node)) > 0
 
     async def get(self, node: int, key: int) -> First:
-        owner = self._owners[key]
-        first: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-
-        def hear(record: Record) -> None:
-            if not first.done():
-                first.set_result(record.node_id == owner)
-
-        async def whole() -> bool:
-            records = await self._directories[node].find_model(f"model-{key}", on_record=hear)
-            if not first.done():
-                first.set_result(False)
-            return [record.node_id for record in records] == [owner]
-
-        rest = asyncio.create_task(whole())
-        return First(await first, rest)
+        owner, first = self._owners[key], First()
+        records = await self._directories[node].find_model(f"model-{key}", on_record=lambda record: first.hear(record.node_id == owner))
+        first.whole = [record.node_id for record in records] == [owner]
+        return first
 
     async def kill(self, nodes: list[int]) -> None:
         for number in nodes:
@@ -168,7 +144,7 @@ class Stock:
                 _, joining = await asyncio.wait(joining, return_when=asyncio.FIRST_COMPLETED)
         if joining:
             await asyncio.wait(joining)
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(self._plan.settle_s)
 
     async def store(self, node: int, key: int) -> bool:
         self._values[key] = self._rng.randbytes(self._plan.value_bytes)

@@ -18,7 +18,6 @@ from hivemind.dht.node import DHTNode
 from bench.directory.workload import Plan, drive
 
 LIFETIME_S = 600
-SETTLE_S = 5.0
 
 
 class Hivemind:
@@ -36,7 +35,7 @@ class Hivemind:
             node = await DHTNode.create(initial_peers=entry, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
             self._nodes.append(node)
             entry = entry or [str(address) for address in await node.get_visible_maddrs()]
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(self._plan.settle_s)
 
     async def store(self, node: int, key: int) -> bool:
         self._values[key] = (f"{key} ".encode() * self._plan.value_bytes)[: self._plan.value_bytes]

@@ -56,7 +56,7 @@ async function main () {
   const testnet = await createTestnet(plan.nodes)
   const nodes = [...testnet.nodes]
   const upS = (performance.now() - began) / 1e3
-  await new Promise((resolve) => setTimeout(resolve, 5000))
+  await new Promise((resolve) => setTimeout(resolve, plan.settle_s * 1e3))
 
   const kept = new Map() // key → owner, key pair, value
   function stores (alive, first) {

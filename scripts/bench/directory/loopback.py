@@ -89,7 +89,7 @@ def measure(names: Iterable[str], plan: Plan, *, hivemind_nodes: int, say: Calla
 
 def run(argv: list[str], plan: Plan, mode: list[str], env: dict[str, str]) -> dict[str, Any]:
     """One fleet in a process group of its own, ended with everything it started. Raises Missing with its last words."""
-    longest_s = 120 + plan.nodes + 3 * (plan.budget_s + plan.limit_s)
+    longest_s = 120 + plan.nodes + plan.settle_s + 3 * (plan.budget_s + plan.limit_s)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [*argv, json.dumps(asdict(plan)), *mode],

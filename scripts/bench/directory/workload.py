@@ -21,25 +21,34 @@ from typing import Any, Protocol
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """``ops`` of each kind in each phase, ``concurrency`` at once; a phase begins nothing more after ``budget_s``, and an operation
-    that takes ``limit_s`` has failed. ``dead`` is the share of nodes that die. ``met``: every two of our nodes have spoken before."""
+    that takes ``limit_s`` has failed. ``dead`` is the share of nodes that die. ``settle_s``: how long a fleet is left to itself once all
+    have joined."""
 
     nodes: int = 200
     ops: int = 200
     concurrency: int = 8
     dead: float = 0.3
-    met: bool = False
+    settle_s: float = 60.0
     value_bytes: int = 300
     budget_s: float = 60.0
     limit_s: float = 60.0
     seed: int = 1
 
 
-@dataclass(frozen=True, slots=True)
 class First:
-    """A first answer, whether it is what was stored, and the rest of the look-up."""
+    """The first answer of a look-up that goes on after it: whether it is what was stored, and when its caller had it. ``whole``: whether
+    that is what the look-up came to."""
 
-    right: bool
-    rest: Awaitable[bool]
+    def __init__(self) -> None:
+        self.right = False
+        self.whole = False
+        self.at: tuple[float, float] | None = None
+        """Seconds, and of CPU time."""
+
+    def hear(self, right: bool) -> None:
+        if self.at is None:
+            self.at = now()
+            self.right = right
 
 
 class Fleet(Protocol):
@@ -79,14 +88,19 @@ class Operation:
     run: Callable[[], Awaitable[bool | First]]
 
 
+def now() -> tuple[float, float]:
+    """The time, and the CPU time of this process, in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
 async def _timed(operation: Operation, found: dict[str, Samples]) -> None:
     """Each answer counts as of the moment its caller has it."""
-    began, cpu = time.perf_counter(), time.process_time()
+    began = now()
 
-    def note(kind: str, right: bool) -> None:
+    def note(kind: str, right: bool, at: tuple[float, float]) -> None:
         samples = found.setdefault(kind, Samples())
-        samples.ms.append((time.perf_counter() - began) * 1e3)
-        samples.cpu_ms.append((time.process_time() - cpu) * 1e3)
+        samples.ms.append((at[0] - began[0]) * 1e3)
+        samples.cpu_ms.append((at[1] - began[1]) * 1e3)
         samples.ok += right
 
     done: bool | First = False
@@ -94,9 +108,12 @@ async def _timed(operation: Operation, found: dict[str, Samples]) -> None:
         done = await operation.run()
     except Exception:  # of whatever DHT: it has failed
         done = False
-    note(operation.kind, done.right if isinstance(done, First) else done)
+    ended = now()
     if isinstance(done, First):
-        note("whole", await done.rest)
+        note(operation.kind, done.right, done.at or ended)
+        note("whole", done.whole, ended)
+    else:
+        note(operation.kind, done, ended)
 
 
 async def run_all(operations: Iterable[Operation], plan: Plan) -> dict[str, Samples]:
