@@ -16,6 +16,7 @@ CLOCK_SKEW_S = 30.0
 """Clocks of honest machines may differ by this much."""
 
 _MISSING = object()
+_LISTS = (list, tuple)
 
 
 def read_str(payload: Mapping[str, Any], name: str, *, default: Any = _MISSING, max_len: int = 256) -> str:
@@ -59,7 +60,7 @@ def read_strs(
     payload: Mapping[str, Any], name: str, *, default: Any = _MISSING, max_items: int = 64, max_len: int = 256
 ) -> tuple[str, ...]:
     value = _get(payload, name, default)
-    if not isinstance(value, list | tuple) or len(value) > max_items:
+    if not isinstance(value, _LISTS) or len(value) > max_items:
         raise MalformedEnvelope(f"'{name}' must be a list of at most {max_items} strings")
     for item in value:
         if not isinstance(item, str) or len(item) > max_len or not item.isprintable():
@@ -69,7 +70,7 @@ def read_strs(
 
 def read_maps(payload: Mapping[str, Any], name: str, *, max_items: int = 64) -> tuple[dict[str, Any], ...]:
     value = _get(payload, name, [])
-    if not isinstance(value, list | tuple) or len(value) > max_items:
+    if not isinstance(value, _LISTS) or len(value) > max_items:
         raise MalformedEnvelope(f"'{name}' must be a list of at most {max_items} maps")
     if not all(isinstance(item, dict) and all(isinstance(key, str) for key in item) for item in value):
         raise MalformedEnvelope(f"'{name}' must hold maps with string keys")

@@ -244,8 +244,11 @@ def _model_payload(entry: ModelEntry) -> dict[str, Any]:
 
 
 def _model_from(payload: dict[str, Any]) -> ModelEntry:
+    name = read_str(payload, "n")
+    if len(payload) == 1:
+        return ModelEntry(name=name)
     return ModelEntry(
-        name=read_str(payload, "n"),
+        name=name,
         digest=read_str(payload, "d", default="", max_len=80),
         tasks=read_strs(payload, "t", default=ModelEntry(name="").tasks, max_items=16, max_len=32),
         adapters=read_strs(payload, "a", default=(), max_items=64),

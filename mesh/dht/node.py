@@ -23,6 +23,7 @@ from mesh.dht.counts import Counts
 from mesh.dht.crawl import Crawl, Outcome
 from mesh.dht.documents import DocumentStore
 from mesh.dht.exchange import Exchange
+from mesh.dht.hearsay import Hearsay
 from mesh.dht.keys import indexes
 from mesh.dht.mesh_time import MeshTime
 from mesh.dht.peers import PeerMemory
@@ -33,7 +34,6 @@ from mesh.dht.rpc import Reply
 from mesh.dht.session import Sessions
 from mesh.dht.state import KnownPeer, load_peers, save_peers
 from mesh.dht.storage import Held, RecordStore, Verdict
-from mesh.dht.strangers import Strangers
 from mesh.dht.tasks import Tasks
 from mesh.dht.verify import Verifier, lifetime_s, peek
 from mesh.errors import ConfigError, TrustError
@@ -84,7 +84,7 @@ class DhtNode:
         self.time = MeshTime(clock)
         self.memory = PeerMemory(config, rng)
         self.table = Table(identity.node_id, config)
-        self.strangers = Strangers(self.table, self.memory)
+        self.hearsay = Hearsay(self.table, self.memory)
         self.is_large = False
         """Whether the mesh is so large that traffic matters more than a few seconds, judged once a second."""
         self.verifier = verifier if verifier is not None else Verifier(MembershipCache(identity.trust))
@@ -255,7 +255,7 @@ class DhtNode:
         if not outcome.complete:
             self.counts.add("lookups_cut_short")
         if not self.is_large:
-            self.strangers.hear(outcome.heard)
+            self.hearsay.hear(outcome.heard)
         return outcome
 
     def _hold(self, record: Record, pulse: Pulse) -> None:
@@ -445,8 +445,8 @@ class DhtNode:
         self.store.expire(now)
         self.is_large = len(self.table) > 2 * self.config.k and self.table.estimate_nodes() >= self.config.large_mesh
         self.publisher.unhurried = self.is_large
-        if not self.is_large and (stranger := self.strangers.take(now)) is not None:
-            self._inquire(stranger)
+        if not self.is_large and (unmet := self.hearsay.take(now)) is not None:
+            self._inquire(unmet)
         if self._due("probe", now, self.config.probe_interval_s * (_LARGE_PROBES if self.is_large else 1)):
             self._probe_silent(now)
         if self._due("buckets", now, self.config.refresh_bucket_s / 4):
@@ -475,14 +475,14 @@ class DhtNode:
 
     def _inquire(self, contact: Contact) -> None:
         """A probe that also asks who stands around some place: for few once there is nobody left to be met."""
-        body = msgpack.packb([self._rng.randbytes(ID_BYTES), self.config.k if len(self.strangers) else _FEW_CONTACTS])
+        body = msgpack.packb([self._rng.randbytes(ID_BYTES), self.config.k if len(self.hearsay) else _FEW_CONTACTS])
         self.protocol.ask(contact.address, Op.FIND_NODE, body, self._hear_of, node_id=contact.id)
 
     def _hear_of(self, reply: Reply | None) -> None:
         if reply is None or not reply.bodies or not reply.bodies[0]:
             return
         try:
-            self.strangers.hear(parse_contacts(reply.bodies[0][0], limit=self.config.k))
+            self.hearsay.hear(parse_contacts(reply.bodies[0][0], limit=self.config.k))
         except TrustError as error:
             self.counts.refuse(f"reply_{error.code}", reply.address, now=self.clock.monotonic())
 

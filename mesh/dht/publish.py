@@ -59,7 +59,8 @@ class _Place:
     key: bytes
     most: int
     holders: dict[bytes, Contact] = field(default_factory=dict)
-    full: int = 0
+    full: set[bytes] = field(default_factory=set)
+    """Who had no room when it was asked last."""
     refused: Contact | None = None
     """One that had no room."""
     wanted: int = 0
@@ -255,7 +256,7 @@ class Publisher:
     def _go_deeper(self, index: _Index, record: Record) -> bool:
         """Most holders of this level are full: the record goes one level down (and stays with those that took it)."""
         place = self._places[self._key(index, record)]
-        if index.level >= MAX_LEVEL or not place.full or place.full < (place.full + len(place.holders)) / 2:
+        if index.level >= MAX_LEVEL or not place.full or len(place.full) < len(place.holders):
             return False
         index.level += 1
         index.retry_at = self._clock.monotonic() + _TRY_UP_S * self._rng.uniform(0.5, 1.5)
@@ -270,7 +271,8 @@ class Publisher:
         accepted = {above.key: 0}
         await self._store_at(record, above.refused, [above], accepted)
         if accepted[above.key] and index.level == level + 1:
-            index.level, above.full = level, 0
+            index.level = level
+            above.full.clear()
 
     async def _settle(self, places: list[_Place]) -> None:
         """Give each place holders: those we know of, or else those a walk finds."""
@@ -296,6 +298,7 @@ class Publisher:
         fresh = [contact for contact in found if contact.id not in place.holders]
         if found:
             place.holders = {contact.id: contact for contact in found}
+            place.full &= place.holders.keys()
         place.wanted = len(place.holders)
         place.guessed = False
         place.walk_at = self._next_walk()
@@ -331,7 +334,6 @@ class Publisher:
         accepted: dict[bytes, int] = {}
         due: list[list[tuple[Contact, _Place]]] = []
         for place in places:
-            place.full = 0
             accepted[place.key] = 0
             due.append([(contact, place) for contact in self._due(place)])
         by_holder: dict[bytes, tuple[Contact, list[_Place]]] = {}
@@ -377,10 +379,11 @@ class Publisher:
             if verdict in _GOOD:
                 self._give(contact.id, record)
                 self._note_holder(place, contact, record)
+                place.full.discard(contact.id)
                 accepted[place.key] += 1
                 self._hear_of_nearer(place, contact, others)
             elif verdict is Verdict.FULL:
-                place.full += 1
+                place.full.add(contact.id)
                 place.refused = contact
                 place.holders.pop(contact.id, None)
             elif verdict is None:
@@ -461,6 +464,9 @@ class Publisher:
         fresh = await self._find_holders(place)
         current = self._record if self._record is not None and self._record.order >= record.order else record
         await asyncio.gather(*(self._store_at(current, contact, [place], {place.key: 0}) for contact in fresh))
+        sending = self._sending or current
+        deeper = [index for index in self._indexes.values() if self._key(index, sending) == place.key and self._go_deeper(index, sending)]
+        await self._publish_deeper(sending, deeper)
 
 
 def _in_turn(due: list[list[tuple[Contact, _Place]]]) -> Iterator[tuple[Contact, _Place]]:

@@ -39,7 +39,8 @@ class Contact(Node):  # type: ignore[misc]
     @property
     def packed(self) -> bytes:
         """As it travels: id and address."""
-        self._packed = self._packed or self.id + encode_address(self.address)
+        if not self._packed:
+            self._packed = self.id + encode_address(self.address)
         return self._packed
 
     def __hash__(self) -> int:
@@ -58,12 +59,10 @@ def distance(one: bytes, other: bytes) -> int:
 
 def encode_contacts(contacts: list[Contact], room: int) -> bytes:
     """As many contacts, in the order given, as fit into ``room`` bytes."""
-    out = bytearray()
-    for contact in contacts:
-        if len(out) + len(contact.packed) > room:
-            break
-        out += contact.packed
-    return bytes(out)
+    packed = [contact.packed for contact in contacts]
+    while sum(map(len, packed)) > room:
+        packed.pop()
+    return b"".join(packed)
 
 
 def parse_contacts(data: object, *, limit: int) -> list[Contact]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mesh.claims import CLOCK_SKEW_S, read_int
 from mesh.dht.introduction import Introduction, parse_introduction
@@ -15,8 +16,7 @@ from mesh.records import MAX_LIFETIME_S, MAX_RECORD_BYTES, Record, member_until,
 from mesh.trust import key_id
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """What a record says of itself, unverified: to choose what is worth verifying, and for nothing else."""
 
     node_id: bytes

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mesh.records import State, model_key
+from mesh.dht.crawl import Outcome
+from mesh.dht.keys import rank, shard_of
+from mesh.dht.routing import distance
+from mesh.records import State, model_key, role_key
 from mesh.trust import Role
 from tests.support.network import Conditions
 from tests.support.swarm import MODEL, SimNode, Swarm, simulate, with_config
@@ -336,3 +341,74 @@ def test_thousand_nodes_thirty_percent_dead() -> None:
             assert await found(proxy) >= living
 
     simulate(scenario, seed=27)
+
+
+def watch_walks(node: SimNode) -> list[bytes]:
+    """The keys of every look-up of this node from now on."""
+    keys: list[bytes] = []
+    crawl = node.running.node.crawl
+
+    def noted(key: bytes, **about: Any) -> Awaitable[Outcome]:
+        keys.append(key)
+        return crawl(key, **about)
+
+    node.running.node.crawl = noted  # type: ignore[method-assign, assignment]
+    return keys
+
+
+def test_in_a_mesh_that_is_not_large_everybody_comes_to_know_everybody_and_then_walks_no_more() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 60)
+        assert min(len(node.running.peers()) for node in fleet) < len(swarm.nodes) - 1, "they do not from the start"
+        await asyncio.sleep(90.0)
+        assert all(len(node.running.peers()) == len(swarm.nodes) - 1 for node in swarm.nodes)
+        walked = [watch_walks(worker) for worker in fleet[:10]]
+        for worker in fleet[:10]:
+            worker.models = (*worker.models, "another")
+            assert await worker.publish() >= 3
+        found = await front[0].running.find_model("another")
+        assert {record.node_id for record in found} == ids(fleet[:10])
+        await asyncio.sleep(20.0)
+        assert not any(model_key("another") in keys for keys in walked), "nobody contradicted what the table says"
+
+    simulate(scenario, seed=61)
+
+
+def test_a_holder_that_knows_nearer_nodes_than_the_owner_does_sends_it_walking() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 60)
+        await asyncio.sleep(60.0)
+        owner, walked = fleet[0].running.node, watch_walks(fleet[0])
+        key = model_key("another")
+        nearest = min((node.node_id for node in swarm.nodes if node is not fleet[0]), key=lambda one: distance(one, key))
+        owner.table.remove(nearest)
+        assert nearest not in {contact.id for contact in owner.guess(key, 7)}
+        fleet[0].models = ("another",)
+        await fleet[0].publish()
+        assert key not in walked, "the first holders were a guess"
+        await until(lambda: key in walked, within_s=15.0)
+        await until(lambda: nearest in {contact.id for contact in owner.publisher.holders()[key]}, within_s=5.0)
+        assert fleet[0].node_id in {record.node_id for record in await front[0].running.find_model("another")}
+
+    simulate(scenario, seed=62)
+
+
+def test_a_worker_whose_true_holders_turn_out_full_goes_down_to_a_sub_key() -> None:
+    """It was taken in by nodes far from the key, which have room because nobody else asks them, and nobody reads there."""
+
+    async def scenario(swarm: Swarm) -> None:
+        _, front = await ready_mesh(swarm, 60)
+        await asyncio.sleep(30.0)
+        late = max(await swarm.grow(Role.WORKER, 4), key=lambda node: rank(node.node_id))  # one that a full key does not keep
+        await asyncio.sleep(15.0)
+        key, publisher = role_key(Role.WORKER), late.running.node.publisher
+        farthest = max(swarm.nodes[:-4], key=lambda node: distance(node.node_id, key))
+        contact = late.running.node.table.get(farthest.node_id)
+        assert contact is not None
+        publisher._guess = lambda guessed, count: [contact] if guessed == key else []
+        late.announce()
+        await asyncio.sleep(3.0)
+        below = await front[0].running.find(role_key(Role.WORKER, shard_of(late.node_id, 1)))
+        assert late.node_id in {record.node_id for record in below}
+
+    simulate(scenario, seed=63, config=with_config(shard_size=8))

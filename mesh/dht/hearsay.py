@@ -16,7 +16,7 @@ from mesh.dht.routing import Contact, Table
 _MOST = 512
 
 
-class Strangers:
+class Hearsay:
     """At most so many of them, those heard of last. ``now`` is monotonic seconds."""
 
     def __init__(self, table: Table, memory: PeerMemory) -> None:
