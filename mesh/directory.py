@@ -367,10 +367,10 @@ class Directory:
         return 0.0
 
     def _note_read(self, sweep: _Sweep, reads: list[_Read]) -> None:
-        """A record is sent again with each new pulse. One that was not for two lives stands under this key no more: its owner went to a
+        """A record is sent again with each new pulse. One that was not for a whole life stands under this key no more: its owner went to a
         sub-key, and to ask this key's holders about it would be in vain."""
         now, live = self._clock.monotonic(), {record.node_id for record in self.known(sweep.role)}
-        oldest = now - 2 * self._config.record_ttl_s
+        oldest = now - self._config.record_ttl_s
         sweep.listed = {
             read.key: {
                 node_id: at

@@ -3,13 +3,16 @@
 The first reply of a node brings a few records and a fingerprint of all it holds. One holder is then asked for everything; the
 others, where their fingerprints differ from what is in hand, for what is not in hand yet. So a key with 128 records costs one
 copy of them and a few differences, and what one holder withholds another adds. Fingerprints leave pulses out: as long as every record in
-hand will last, nobody is asked whether its owner has confirmed it since, and when one will not, one holder is asked for all of them.
+hand will last, nobody is asked whether its owner has confirmed it since, and when one will not, the holders are asked for all of them, one
+after the other until each lasts: mostly the first is enough.
+
+Holders differ for good: not every owner takes the same nodes for the nearest. What a holder lacks of the records in hand is one number, the
+difference of the fingerprints; while it is the one at which that holder last had no news, it is not asked again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -19,7 +22,7 @@ import msgpack
 from mesh.clock import Clock
 from mesh.dht.keys import rank
 from mesh.dht.peers import PeerMemory
-from mesh.dht.protocol import MAX_TAGS, MeshProtocol, Op, fingerprint, name_of, parse_found, tag_of
+from mesh.dht.protocol import MAX_TAGS, MeshProtocol, Op, name_of, parse_found, tag_of
 from mesh.dht.routing import Contact
 from mesh.dht.rpc import Reply
 from mesh.errors import MalformedEnvelope, TrustError
@@ -36,8 +39,9 @@ _PATIENCE = 3
 class Collector:
     """The records of one look-up. ``known`` are records in hand: only newer ones are fetched, where it can be as patches.
 
-    ``lasting_s`` is how much life a record must have left for nobody to be asked about it; with some in hand only the nearest ``holders``
-    are asked for differences. ``on_change`` is called whenever `busy` may have changed.
+    ``lasting_s`` is how much life a record must have left for nobody to be asked about it; with some in hand only those that ``is_near``
+    are asked for differences. ``lacks`` is by node what it lacked when it last had no news; it is kept up to date. ``on_change`` is called
+    whenever what `go_on` says may have changed.
     """
 
     def __init__(
@@ -50,7 +54,8 @@ class Collector:
         accept: Accept,
         known: Iterable[Record],
         lasting_s: float,
-        holders: int,
+        is_near: Callable[[Contact], bool],
+        lacks: dict[bytes, int],
         on_change: Callable[[], None],
     ) -> None:
         self._protocol = protocol
@@ -59,12 +64,12 @@ class Collector:
         self._key = key
         self._accept = accept
         self._lasting_s = lasting_s
-        self._goal = int.from_bytes(key)
-        self._most = holders
-        self._answered: list[int] = []
+        self._is_near = is_near
+        self._lacks = lacks
         self._on_change = on_change
         self._newest: dict[bytes, tuple[tuple[int, int, int], Record]] = {}
         self._bases: dict[bytes, bytes] = {}
+        self._mark = 0
         self._waiting: dict[Contact, bytes] = {}
         self._fetching: dict[Contact, asyncio.TimerHandle] = {}
         self._whole = False
@@ -80,10 +85,10 @@ class Collector:
         self.knows_some = bool(self._newest)
         """Whether first replies need not bring records: what is new will be fetched by its difference."""
 
-    @property
-    def busy(self) -> bool:
-        """Whether it is worth waiting for more."""
-        return bool(self._fetching or self._waiting)
+    def go_on(self) -> bool:
+        """Fetch from whoever should be asked now; returns whether it is worth waiting for more."""
+        self._start()
+        return bool(self._fetching)
 
     def stop(self) -> None:
         self._stopped = True
@@ -95,7 +100,6 @@ class Collector:
     def first(self, contact: Contact, body: list[Any]) -> object:
         """Take in the first reply of a node; returns the contacts in it. Raises a `TrustError`."""
         contacts, more, mark = self._take(contact, body)
-        insort(self._answered, contact.long_id ^ self._goal)
         if more:
             self._waiting[contact] = mark
             self._start()
@@ -131,34 +135,40 @@ class Collector:
         if known is None or order > known[0]:
             self._newest[record.node_id] = (order, record)
             self._bases[name_of(record)] = record.signed
+            self._mark ^= int.from_bytes(name_of(record)) ^ (int.from_bytes(name_of(known[1])) if known is not None else 0)
             self._news += 1
 
     def _in_hand(self) -> list[Record]:
         return [record for _, record in self._newest.values()]
 
-    def _is_settled(self, mark: bytes) -> bool:
-        """Whether a holder with this fingerprint has nothing that we need."""
-        records, until = self._in_hand(), self._clock.wall() + self._lasting_s
-        return mark == fingerprint(map(name_of, records)) and all(record.expires > until for record in records)
+    def _lacking(self, mark: bytes) -> int:
+        """What a holder with this fingerprint has not got, or has and we have not: 0 if that is nothing."""
+        return int.from_bytes(mark) ^ self._mark
 
-    def _is_far(self, contact: Contact) -> bool:
-        """Not one of the holders as far as we know: it has what some owners take it for, and nothing that those nearer have not."""
-        return bisect_left(self._answered, contact.long_id ^ self._goal) >= self._most
+    def _all_last(self) -> bool:
+        until = self._clock.wall() + self._lasting_s
+        return all(record.expires > until for record in self._in_hand())
 
     def _start(self) -> None:
-        """Fetch from one holder first; once that is done, from all that differ."""
-        if not self._whole and self._fetching:
+        """Fetch from one holder first; once that is done, from all that may have news, and while some record will not last, from the others
+        too: at once, or with some known one after the other."""
+        if not self._waiting or (self._fetching and not self._whole):
             return
+        lasting = self._all_last()
         for contact, mark in list(self._waiting.items()):
-            del self._waiting[contact]
-            if self._is_settled(mark) or (self.knows_some and self._is_far(contact)):
-                continue
-            self._fetch(contact, 0, b"")
-            if not self._whole:
-                return
+            lacking = self._lacking(mark)
+            without_news = lacking in (0, self._lacks.get(contact.id, 0))
+            if lasting and without_news:
+                del self._waiting[contact]
+            elif not self.knows_some or (self._is_near(contact) and not (without_news and self._fetching)):
+                del self._waiting[contact]
+                self._fetch(contact, 0, b"")
+                if not self._whole:
+                    return
 
     def _fetch(self, contact: Contact, page: int, after: bytes) -> None:
-        have = b"".join(map(tag_of, self._in_hand()[-MAX_TAGS:]))
+        likely = sorted(self._in_hand(), key=lambda record: rank(record.node_id))[:MAX_TAGS]  # whom a full key keeps
+        have = b"".join(map(tag_of, likely))
         body = msgpack.packb([self._key, after, 0, have, 0])
         self._protocol.ask(contact.address, Op.FIND_VALUE, body, partial(self._on_reply, contact, page), node_id=contact.id)
         patience_s = _PATIENCE * self._memory.patience_s(contact.id)
@@ -186,15 +196,18 @@ class Collector:
 
     def _digest(self, contact: Contact, reply: Reply) -> bytes | None:
         """Take in a fetched page; returns where to go on with this holder, if it pays."""
-        before, more = self._news, False
+        before, more, mark = self._news, False, b""
         self._last = b""
         for body in reply.bodies:
             try:
-                more = self._take(contact, body)[1] or more
+                _, many, mark = self._take(contact, body)
+                more = more or many
             except TrustError as error:
                 self._refuse(contact, error)
                 return None
         if self._news == before:
+            if reply.complete:
+                self._lacks[contact.id] = self._lacking(mark)
             return None
         if not reply.complete:
             return b""

@@ -128,6 +128,7 @@ class Crawl:
         key: bytes,
         accept: Accept | None = None,
         known: Iterable[Record] = (),
+        lacks: dict[bytes, int],
         width: int | None = None,
         sparing: bool = False,
     ) -> None:
@@ -147,7 +148,8 @@ class Crawl:
                 accept=accept,
                 known=known,
                 lasting_s=_LASTING * config.record_ttl_s,
-                holders=config.holders if sparing else _MAX_CANDIDATES,
+                is_near=self._is_near if sparing else lambda contact: True,
+                lacks=lacks,
                 on_change=self._wait_a_turn,
             )
         self._contacts_again = _CONTACTS_AGAIN if sparing else _CONTACTS
@@ -242,7 +244,7 @@ class Crawl:
             if self._asked_now:
                 self._wait_a_turn(two=len(self._hops) == 1)
                 return
-        busy = self._collector is not None and self._collector.busy
+        busy = self._collector is not None and self._collector.go_on()
         if not waiting and not busy and not self._wants_latecomers():
             self._finish(True)
 
@@ -299,6 +301,10 @@ class Crawl:
             if len(found) == most:
                 break
         return found
+
+    def _is_near(self, contact: Contact) -> bool:
+        """Whether it is one of the holders as far as we know: what those farther have, these have too, and newer."""
+        return any(near.id == contact.id for near in self._frontier(self._main, self._config.holders))
 
     def _ask(self, contact: Contact, path: _Path) -> None:
         hop = self._hops[contact.id] = Hop(contact=contact, path=path.number, asked_s=self._clock.monotonic() - self._began)

@@ -7,10 +7,11 @@ import ipaddress
 import random
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgpack
 import structlog
@@ -52,6 +53,10 @@ _LARGE_PROBES = 2
 """In a large mesh there is more talk to learn from; probes are so many times rarer."""
 _FEW_CONTACTS = 3
 _NEAR_ENOUGH = 3
+_FEW = 3
+_BUCKETS_AT_ONCE = 16
+_BUCKET_CHECKS = 0.025
+"""So often, in `DirectoryConfig.refresh_bucket_s`, buckets are checked: one that was split off with hardly anybody in it cannot wait."""
 _LONG_LOST_S = 20.0
 _REUNITE_EVERY_S = 5.0
 _KEYS_REMEMBERED = 1_024
@@ -59,6 +64,7 @@ _OWN_ADDRESS_CHECKS = 3
 _EXPIRE_EVERY_S = 1.0
 _SAVE_NEWS_S = 2.0
 
+T = TypeVar("T")
 Hearer = Callable[[Record], None]
 
 
@@ -135,6 +141,8 @@ class DhtNode:
         self._reunited = float("-inf")
         self._on_reunion: list[Callable[[], None]] = []
         self._nearest: OrderedDict[bytes, list[Contact]] = OrderedDict()
+        self._lacks: OrderedDict[bytes, dict[bytes, int]] = OrderedDict()
+        """By key and node: see `Collector`."""
         self._joined = asyncio.Event()
         self._hearers: list[Hearer] = []
         self.store.on_change = self._on_change
@@ -239,18 +247,28 @@ class DhtNode:
         return (await self.crawl(key, accept=None, timeout_s=2 * self.config.lookup_timeout_s)).nearest
 
     async def crawl(
-        self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None, known: Iterable[Record] = ()
+        self, key: bytes, *, accept: Accept | None, timeout_s: float, width: int | None = None, known: Sequence[Record] = ()
     ) -> Outcome:
         """One look-up; ``known`` are records under the key that need not be fetched again."""
+        lacks = self._lacks.get(key, {}) if known else {}
         crawl = Crawl(
-            self.protocol, self.memory, self.config, self.clock, key=key, accept=accept, width=width, known=known, sparing=self.is_large
+            self.protocol,
+            self.memory,
+            self.config,
+            self.clock,
+            key=key,
+            accept=accept,
+            width=width,
+            known=known,
+            lacks=lacks,
+            sparing=self.is_large,
         )
         outcome = await crawl.run(self.seeds(key, 1), partial(self.seeds, key), timeout_s=timeout_s)
         self.table.touch(key, self.clock.monotonic())
-        self._nearest[key] = outcome.nearest[: self.config.k]
-        self._nearest.move_to_end(key)
-        if len(self._nearest) > _KEYS_REMEMBERED:
-            self._nearest.popitem(last=False)
+        if width is None:
+            _remember(self._nearest, key, outcome.nearest[: self.config.k])
+        if known:
+            _remember(self._lacks, key, {contact.id: lacks[contact.id] for contact in outcome.nearest if contact.id in lacks})
         self.counts.add("lookups")
         if not outcome.complete:
             self.counts.add("lookups_cut_short")
@@ -405,9 +423,10 @@ class DhtNode:
         await self.protocol.request(address, Op.PING, EMPTY, node_id=node_id)
 
     async def _settle(self) -> None:
-        """Learn our neighbourhood and make it learn us, then one look-up beyond each bucket."""
+        """Learn our neighbourhood and make it learn us, then look beyond: who knows nobody in some range of ids finds nothing that is kept
+        there, and cannot tell others."""
         await self.crawl(self.identity.node_id, accept=None, timeout_s=2 * self.config.lookup_timeout_s, width=self.config.k)
-        await self._refresh_buckets(older_than_s=self.config.refresh_bucket_s)
+        await self._refresh_buckets(older_than_s=0.0)
         log.info("directory.joined", peers=len(self.table))
 
     async def _keep_documents(self) -> float:
@@ -417,9 +436,10 @@ class DhtNode:
         return await self.exchange.keep_alive()
 
     async def _refresh_buckets(self, *, older_than_s: float) -> None:
-        for low, high in self.table.stale_ranges(self.clock.monotonic(), older_than_s)[:8]:
+        """Meet a few in each range of ids where we looked nothing up for long."""
+        for low, high in self.table.stale_ranges(self.clock.monotonic(), older_than_s)[:_BUCKETS_AT_ONCE]:
             target = self._rng.randint(low, high).to_bytes(ID_BITS // 8)
-            await self.crawl(target, accept=None, timeout_s=self.config.lookup_timeout_s)
+            await self.crawl(target, accept=None, timeout_s=self.config.lookup_timeout_s, width=_FEW)
 
     async def _resolve(self) -> None:
         """Names anew each time: a bootstrap node may have moved. What cannot be resolved keeps its last addresses."""
@@ -449,7 +469,7 @@ class DhtNode:
             self._inquire(unmet)
         if self._due("probe", now, self.config.probe_interval_s * (_LARGE_PROBES if self.is_large else 1)):
             self._probe_silent(now)
-        if self._due("buckets", now, self.config.refresh_bucket_s / 4):
+        if self._due("buckets", now, self.config.refresh_bucket_s * _BUCKET_CHECKS):
             self.tasks.start(self._refresh_buckets(older_than_s=self.config.refresh_bucket_s), name="directory buckets")
         if self._due("save", now, _SAVE_NEWS_S if self._news else self.config.save_interval_s):
             await self._save()
@@ -499,3 +519,10 @@ class DhtNode:
             await asyncio.get_running_loop().run_in_executor(None, save_peers, self._state_dir, peers)
         except OSError as error:
             log.warning("directory.state_unsaved", error=str(error))
+
+
+def _remember(memory: OrderedDict[bytes, T], key: bytes, value: T) -> None:
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > _KEYS_REMEMBERED:
+        memory.popitem(last=False)

@@ -35,7 +35,7 @@ from mesh.records import Record, directory_key
 
 _KEYS_PER_STORE = 2
 _MAX_GIVEN = 256
-_REFRESH_SHARE = 0.5
+_REFRESH_SHARE = 0.52
 _TRY_UP_S = 300.0
 _YOUNG_S = 30.0
 _UNHURRIED_WALKS = 5

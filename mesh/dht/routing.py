@@ -20,6 +20,7 @@ ID_BYTES = 32
 _REPLACEMENTS = 2
 _SEEN_S = 1.0
 """Signs of life closer together than this count as one."""
+_FEW = 3
 
 
 class Contact(Node):  # type: ignore[misc]
@@ -97,11 +98,13 @@ class Bucket(KBucket):  # type: ignore[misc]
         low, high = self.range
         middle = (low + high) // 2
         one, two = Bucket(low, middle, self.ksize), Bucket(middle + 1, high, self.ksize)
-        one.touched = two.touched = self.touched
         for contact in self.nodes.values():
             (one if contact.long_id <= middle else two).nodes[contact.id] = contact
         for contact in self.replacement_nodes.values():
             (one if contact.long_id <= middle else two).replacement_nodes[contact.id] = contact
+        for half in (one, two):
+            if len(half.nodes) >= _FEW:
+                half.touched = self.touched  # else whoever looked for something here may not have come that far
         return one, two
 
     def promote(self) -> Contact | None:

@@ -68,6 +68,16 @@ def test_a_hundred_nodes_join_publish_and_find_each_other() -> None:
     simulate(scenario, seed=11)
 
 
+def test_whoever_joins_meets_somebody_in_every_part_of_the_mesh() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await ready_mesh(swarm, 60)
+        await asyncio.sleep(15.0)
+        met = [{peer.node_id[0] >> 6 for peer in node.running.peers()} for node in swarm.nodes]
+        assert all(parts == {0, 1, 2, 3} for parts in met), f"{sum(4 - len(parts) for parts in met)} of {4 * len(met)} are unknown"
+
+    simulate(scenario, seed=28, config=with_config(k=6))
+
+
 def test_a_worker_that_becomes_ready_is_routable_at_every_proxy_at_once() -> None:
     async def scenario(swarm: Swarm) -> None:
         _, front = await ready_mesh(swarm, 60, proxies=4)

@@ -45,6 +45,18 @@ def test_buckets_hold_at_most_k_and_cover_all_ids() -> None:
         assert one.range[1] + 1 == two.range[0]
 
 
+def test_a_half_of_a_bucket_with_hardly_anybody_in_it_counts_as_never_looked_up() -> None:
+    table = Table(OWN, DirectoryConfig())
+    table.touch(OWN, 100.0)
+    for number in range(20):
+        table.seen(bytes([0xC0 if number else 0x10, number]) + bytes(30), address(number), 100.0)
+    assert not table.stale_ranges(101.0, 60.0)
+    table.seen(b"\xc1" + bytes(31), address(20), 100.0)
+    assert table.buckets[0].range in table.stale_ranges(101.0, 60.0), "there is one contact in that half of all ids"
+    assert table.stale_ranges(101.0, 60.0) == [bucket.range for bucket in table.buckets if len(bucket.nodes) < 3]
+    assert max(len(bucket.nodes) for bucket in table.buckets) == 20, "the others stay as they were"
+
+
 def test_the_own_id_and_unknown_ids_are_not_in_it() -> None:
     table = filled(10)
     table.seen(OWN, address(99), 1.0)
