@@ -51,8 +51,8 @@ _JOIN_AT_ONCE = 16
 _SEEDS = 24
 _LARGE_PROBES = 2
 """In a large mesh there is more talk to learn from; probes are so many times rarer."""
-_FEW_CONTACTS = 3
-_NEAR_ENOUGH = 3
+_NEAR_ENOUGH, _LARGE_NEAR_ENOUGH = 3.0, 1.5
+"""In a large mesh tables know a smaller part of it: of what stands farther than so many times the usual distance, none may be a holder."""
 _FEW = 3
 _BUCKETS_AT_ONCE = 16
 _BUCKET_CHECKS = 0.025
@@ -239,8 +239,9 @@ class DhtNode:
         found = self.table.nearest(key, count, accept=lambda contact: not self.memory.failing(contact.id))
         if len(found) < count:
             return []
-        usual = (count << ID_BITS) // self.table.estimate_nodes()
-        return found if found[-1].long_id ^ int.from_bytes(key) <= _NEAR_ENOUGH * usual else []
+        usual = (count << ID_BITS) / self.table.estimate_nodes()
+        most = usual * (_LARGE_NEAR_ENOUGH if self.is_large else _NEAR_ENOUGH)
+        return found if found[-1].long_id ^ int.from_bytes(key) <= most else []
 
     async def walk(self, key: bytes) -> list[Contact]:
         """The live nodes nearest to ``key``, nearest first."""
@@ -495,7 +496,7 @@ class DhtNode:
 
     def _inquire(self, contact: Contact) -> None:
         """A probe that also asks who stands around some place: for few once there is nobody left to be met."""
-        body = msgpack.packb([self._rng.randbytes(ID_BYTES), self.config.k if len(self.hearsay) else _FEW_CONTACTS])
+        body = msgpack.packb([self._rng.randbytes(ID_BYTES), self.config.k if len(self.hearsay) else _FEW])
         self.protocol.ask(contact.address, Op.FIND_NODE, body, self._hear_of, node_id=contact.id)
 
     def _hear_of(self, reply: Reply | None) -> None:

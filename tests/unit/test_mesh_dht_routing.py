@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+from dataclasses import replace
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +13,11 @@ from hypothesis import strategies as st
 
 from mesh.dht.address import Address
 from mesh.dht.config import DirectoryConfig
+from mesh.dht.node import DhtNode
 from mesh.dht.routing import Contact, Table, distance, encode_contacts, parse_contacts
 from mesh.errors import MalformedEnvelope
+from tests.support.clocks import StoppedClock
+from tests.support.records import Scribe
 
 OWN = b"\x80" + bytes(31)
 
@@ -153,3 +158,25 @@ def test_too_many_contacts_are_refused() -> None:
 def test_no_bytes_make_contacts_raise_anything_else(data: bytes) -> None:
     with contextlib.suppress(MalformedEnvelope):
         parse_contacts(data, limit=20)
+
+
+def test_holders_are_guessed_only_from_a_table_that_knows_who_stands_near() -> None:
+    rng, usual = random.Random(3), 5 * (1 << 256)
+
+    def guesses(key: bytes, large_mesh: int) -> bool:
+        node.config = replace(node.config, large_mesh=large_mesh)
+        return bool(node.guess(key, 5))
+
+    node = DhtNode(
+        Scribe().node(), bootstraps=[], state_dir=None, clock=StoppedClock(), rng=rng, serve=True, config=DirectoryConfig(large_mesh=50)
+    )
+    for number in range(600):
+        node.table.seen(rng.randbytes(32), address(number), 0.0)
+    seen = set[int]()
+    for _ in range(200):
+        key = rng.randbytes(32)
+        farthest = distance(node.table.nearest(key, 5)[-1].id, key) * node.table.estimate_nodes() / usual
+        seen.add(ceil(farthest / 1.5))
+        assert guesses(key, large_mesh=1_000_000) is (farthest <= 3.0)
+        assert guesses(key, large_mesh=50) is (farthest <= 1.5)
+    assert {1, 2} <= seen
