@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-from dataclasses import replace
-from math import ceil
 
 import pytest
 from hypothesis import given, settings
@@ -162,21 +160,14 @@ def test_no_bytes_make_contacts_raise_anything_else(data: bytes) -> None:
 
 def test_holders_are_guessed_only_from_a_table_that_knows_who_stands_near() -> None:
     rng, usual = random.Random(3), 5 * (1 << 256)
-
-    def guesses(key: bytes, large_mesh: int) -> bool:
-        node.config = replace(node.config, large_mesh=large_mesh)
-        return bool(node.guess(key, 5))
-
-    node = DhtNode(
-        Scribe().node(), bootstraps=[], state_dir=None, clock=StoppedClock(), rng=rng, serve=True, config=DirectoryConfig(large_mesh=50)
-    )
+    node = DhtNode(Scribe().node(), bootstraps=[], state_dir=None, clock=StoppedClock(), rng=rng, serve=True, config=DirectoryConfig())
     for number in range(600):
         node.table.seen(rng.randbytes(32), address(number), 0.0)
-    seen = set[int]()
+    judged = set[bool]()
     for _ in range(200):
         key = rng.randbytes(32)
         farthest = distance(node.table.nearest(key, 5)[-1].id, key) * node.table.estimate_nodes() / usual
-        seen.add(ceil(farthest / 1.5))
-        assert guesses(key, large_mesh=1_000_000) is (farthest <= 3.0)
-        assert guesses(key, large_mesh=50) is (farthest <= 1.5)
-    assert {1, 2} <= seen
+        for node.is_large, most in ((False, 3.0), (True, 1.5)):
+            assert bool(node.guess(key, 5)) is (farthest <= most)
+        judged.add(1.5 < farthest <= 3.0)
+    assert judged == {False, True}
