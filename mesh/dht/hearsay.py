@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from mesh.dht.address import subnet_of
+from mesh.dht.limits import Buckets
 from mesh.dht.peers import PeerMemory
 from mesh.dht.routing import Contact, Table
 
 _MOST = 512
+_SUBNET_PER_S = 0.1
+"""A member that invents contacts shall not make everybody knock at somebody's door."""
 
 
 class Hearsay:
@@ -23,6 +27,7 @@ class Hearsay:
         self._table = table
         self._memory = memory
         self._heard: OrderedDict[bytes, Contact] = OrderedDict()
+        self._subnets = Buckets(_SUBNET_PER_S, 1.0)
 
     def __len__(self) -> int:
         return len(self._heard)
@@ -36,9 +41,12 @@ class Hearsay:
             self._heard.popitem(last=False)
 
     def take(self, now: float) -> Contact | None:
-        """One that is worth meeting: unknown still, not silent lately, and the table has room for it."""
+        """One that is worth meeting: unknown still, not silent lately, of a public subnet that was left alone for a while, and the table has
+        room for it."""
         while self._heard:
             _, contact = self._heard.popitem()
             if self._table.get(contact.id) is None and self._table.has_room(contact.id) and not self._memory.shunned(contact.id, now):
-                return contact
+                subnet = subnet_of(contact.address.host)
+                if subnet is None or self._subnets.take(subnet, now):
+                    return contact
         return None

@@ -62,6 +62,17 @@ def test_one_the_table_has_no_room_for_is_left_alone() -> None:
     assert table.has_room(NEAR), "its own neighbourhood always has"
 
 
+def test_one_public_subnet_is_knocked_at_now_and_then() -> None:
+    _, _, hearsay = made()
+    rng = random.Random(4)
+    invented = [Contact(rng.randbytes(32), Address(f"20.1.1.{number}", 7400)) for number in range(1, 50)]
+    hearsay.hear(invented)
+    assert hearsay.take(100.0) is not None
+    assert hearsay.take(101.0) is None
+    hearsay.hear(invented)
+    assert hearsay.take(111.0) is not None
+
+
 def test_it_is_bounded_and_keeps_the_latest() -> None:
     _, _, hearsay = made()
     rng = random.Random(3)
