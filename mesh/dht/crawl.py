@@ -205,7 +205,7 @@ class Crawl:
         """The main path with all seeds, and the others with a share each."""
         seeds = self._seeds() or self._first
         count = min(self._config.paths, len(seeds))
-        self._paths = [_Path(number, -(-self._width // count) + 1, self._config.alpha) for number in range(count)]
+        self._paths = [_Path(number, -(-self._width // count), self._config.alpha) for number in range(count)]
         self._main.width, self._main.alpha = self._width, self._config.alpha * count
         for at, contact in enumerate(seeds):
             path, distance = self._paths[at % count], self._distance(contact)

@@ -62,7 +62,10 @@ def test_dead_node_on_the_way_is_shown_as_such() -> None:
         fates = {hop.contact.id: hop.fate.name for _, hop in explained.hops}
         dead = {worker.node_id for worker in fleet[:4]}
         assert dead & fates.keys(), "one of the dead was asked"
-        assert all((fate == "ANSWERED") == (node_id not in dead) for node_id, fate in fates.items())
+        assert not any(fates[node_id] == "ANSWERED" for node_id in dead & fates.keys())
+        living = [fate for node_id, fate in fates.items() if node_id not in dead]
+        assert set(living) <= {"ANSWERED", "WAITING"}, "one that was asked in a dead one's stead may not be needed in the end"
+        assert living.count("ANSWERED") >= 5
         silent = await probe(proxy.running.node, proxy.running.node.table)
         assert {one.node_id for one in silent if one.rtt_s is None} == dead & {one.node_id for one in silent}
 

@@ -392,6 +392,8 @@ def test_a_holder_that_knows_nearer_nodes_than_the_owner_does_sends_it_walking()
         key = model_key("another")
         nearest = min((node.node_id for node in swarm.nodes if node is not fleet[0]), key=lambda one: distance(one, key))
         owner.table.remove(nearest)
+        seen = owner.table.seen
+        owner.table.seen = lambda node_id, *about: None if node_id == nearest else seen(node_id, *about)  # type: ignore[method-assign]
         assert nearest not in {contact.id for contact in owner.guess(key, 7)}
         fleet[0].models = ("another",)
         await fleet[0].publish()
