@@ -41,8 +41,8 @@ class Hearsay:
             self._heard.popitem(last=False)
 
     def take(self, now: float) -> Contact | None:
-        """One that is worth meeting: unknown still, not silent lately, of a public subnet that was left alone for a while, and the table has
-        room for it."""
+        """One that is worth meeting: unknown still, not silent lately, of a public subnet that was left alone for a while, and one that the
+        table has room for."""
         while self._heard:
             _, contact = self._heard.popitem()
             if self._table.get(contact.id) is None and self._table.has_room(contact.id) and not self._memory.shunned(contact.id, now):
