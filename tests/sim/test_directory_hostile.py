@@ -62,6 +62,7 @@ def test_with_a_fifth_of_members_lying_look_ups_are_right() -> None:
 
 
 @pytest.mark.large
+@pytest.mark.timeout(900)
 def test_with_a_fifth_of_many_members_lying_look_ups_are_right() -> None:
     simulate(lambda swarm: with_liars(swarm, honest=400, liars=100, look_ups=5_000), seed=32)
 
