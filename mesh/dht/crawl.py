@@ -242,7 +242,7 @@ class Crawl:
         for path in (self._main, *self._paths):
             waiting = self._pump_path(path) or waiting
             if self._asked_now:
-                self._wait_a_turn(two=len(self._hops) == 1)
+                self._wait_a_turn()
                 return
         busy = self._collector is not None and self._collector.go_on()
         if not waiting and not busy and not self._wants_latecomers():

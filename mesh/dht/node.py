@@ -30,7 +30,7 @@ from mesh.dht.mesh_time import MeshTime
 from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
 from mesh.dht.publish import Publisher
-from mesh.dht.routing import ID_BITS, ID_BYTES, Contact, Table, parse_contacts
+from mesh.dht.routing import FEW, ID_BITS, ID_BYTES, Contact, Table, parse_contacts
 from mesh.dht.rpc import Reply
 from mesh.dht.session import Sessions
 from mesh.dht.state import KnownPeer, load_peers, save_peers
@@ -53,7 +53,6 @@ _LARGE_PROBES = 2
 """In a large mesh there is more talk to learn from; probes are so many times rarer."""
 _NEAR_ENOUGH, _LARGE_NEAR_ENOUGH = 3.0, 1.5
 """In a large mesh tables know a smaller part of it: of what stands farther than so many times the usual distance, none may be a holder."""
-_FEW = 3
 _BUCKETS_AT_ONCE = 16
 _BUCKET_CHECKS = 0.025
 """So often, in `DirectoryConfig.refresh_bucket_s`, buckets are checked: one that was split off with hardly anybody in it cannot wait."""
@@ -440,7 +439,7 @@ class DhtNode:
         """Meet a few in each range of ids where we looked nothing up for long."""
         for low, high in self.table.stale_ranges(self.clock.monotonic(), older_than_s)[:_BUCKETS_AT_ONCE]:
             target = self._rng.randint(low, high).to_bytes(ID_BITS // 8)
-            await self.crawl(target, accept=None, timeout_s=self.config.lookup_timeout_s, width=_FEW)
+            await self.crawl(target, accept=None, timeout_s=self.config.lookup_timeout_s, width=FEW)
 
     async def _resolve(self) -> None:
         """Names anew each time: a bootstrap node may have moved. What cannot be resolved keeps its last addresses."""
@@ -496,7 +495,7 @@ class DhtNode:
 
     def _inquire(self, contact: Contact) -> None:
         """A probe that also asks who stands around some place: for few once there is nobody left to be met."""
-        body = msgpack.packb([self._rng.randbytes(ID_BYTES), self.config.k if len(self.hearsay) else _FEW])
+        body = msgpack.packb([self._rng.randbytes(ID_BYTES), self.config.k if len(self.hearsay) else FEW])
         self.protocol.ask(contact.address, Op.FIND_NODE, body, self._hear_of, node_id=contact.id)
 
     def _hear_of(self, reply: Reply | None) -> None:

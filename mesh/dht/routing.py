@@ -20,7 +20,8 @@ ID_BYTES = 32
 _REPLACEMENTS = 2
 _SEEN_S = 1.0
 """Signs of life closer together than this count as one."""
-_FEW = 3
+FEW = 3
+"""With so many contacts a range of ids is known: a newcomer meets them in each, and a half that has fewer counts as never looked up."""
 
 
 class Contact(Node):  # type: ignore[misc]
@@ -103,7 +104,7 @@ class Bucket(KBucket):  # type: ignore[misc]
         for contact in self.replacement_nodes.values():
             (one if contact.long_id <= middle else two).replacement_nodes[contact.id] = contact
         for half in (one, two):
-            if len(half.nodes) >= _FEW:
+            if len(half.nodes) >= FEW:
                 half.touched = self.touched  # else whoever looked for something here may not have come that far
         return one, two
 
