@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 from bench.directory import dark
 from bench.directory.meter import Meter
 from bench.directory.report import quantile
@@ -30,6 +33,7 @@ from tests.support.swarm import SimNode, Swarm, simulate
 
 Json = dict[str, Any]
 Row = Json
+progress = partial(track, console=Console(stderr=True))
 JOIN_S = 40.0
 """All workers of `crowded` come within this."""
 
@@ -80,8 +84,7 @@ def row(name: str, text: str, target: str, met: bool | None, **figures: Any) -> 
 def measured(name: str, measure: Callable[[Size], list[Row]], size: Size) -> list[Row]:
     """The rows of one measurement; where its scenario fails, a row that says so."""
     began, cpu = time.perf_counter(), time.process_time()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 50)
+    gc.disable()  # a fifth of the time otherwise; what it would free is 1 MB for a node's quarter of an hour
     try:
         rows = measure(size)
     except AssertionError as error:
@@ -351,15 +354,15 @@ def crowded(size: Size) -> list[Row]:
         meter = Meter(swarm.loop, swarm.network)
         front = await _metered_proxies(swarm, meter, size.proxies)
         fleet = [swarm.add(Role.WORKER) for _ in range(size.workers)]
-        for worker in fleet:
+        for worker in progress(fleet, description="workers join"):
             await worker.boot()
             worker.announce_when_joined()
             await asyncio.sleep(JOIN_S / size.workers)
-        await asyncio.sleep(2 * swarm.config.record_ttl_s)
+        await _pass(2 * swarm.config.record_ttl_s, "all is settling")
         network, cpu_s, datagrams = swarm.network, meter.cpu_s, meter.datagrams
         sent = sum(network.bytes_out[worker.address] for worker in fleet)
         received = sum(network.bytes_in[worker.address] for worker in fleet)
-        await asyncio.sleep(size.window_s)
+        await _pass(size.window_s, "what it costs is counted")
         each_s = size.workers * size.window_s
         out = (sum(network.bytes_out[worker.address] for worker in fleet) - sent) / each_s
         into = (sum(network.bytes_in[worker.address] for worker in fleet) - received) / each_s
@@ -375,6 +378,12 @@ def crowded(size: Size) -> list[Row]:
 
     simulate(scenario, seed=size.seed)
     return rows
+
+
+async def _pass(seconds: float, what: str) -> None:
+    """Virtual seconds go by, and their passing is shown."""
+    for _ in progress(range(round(seconds)), description=what):
+        await asyncio.sleep(1.0)
 
 
 async def _metered_proxies(swarm: Swarm, meter: Meter, count: int) -> list[SimNode]:

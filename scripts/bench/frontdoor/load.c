@@ -4,9 +4,10 @@
  * load streams --port P -s STREAMS -t SECONDS [--tokens N] [--ramp S] [--probes N] [--sample SHARE]
  * both         [--host H] [--path /v1/chat/completions] [--model M] [--auth TOKEN] [--prompt-bytes N]
  *
- * --sample reads only that share of the streams token by token (gaps and delays come from them); the others are drained four times a
- * second, which costs a tenth. Every token of every stream is still received, counted and checked. --probes are short streams, one
- * after the other, that measure the time to the first token while the rest flows.
+ * Streams do not end while they are measured, unless --tokens says how long they are on average (1 to 2N - 1, evenly): then another one
+ * begins, on a connection of its own, when one ends. --sample reads only that share of the streams token by token (gaps and delays come
+ * from them); the others are drained four times a second, which costs a tenth. Every token of every stream is still received, counted
+ * and checked. --probes are short streams, one after the other, that measure the time to the first token while the rest flows.
  *
  * It prints "begin <ns>" and "end <ns>" around what it measures (for whoever samples the CPU of the others), then one JSON object.
  * Delays come from the stand-in's stamps (see engine.c): token_delay = received - sent; ttft_added = the request's way to the engine
@@ -25,7 +26,7 @@ static int concurrency = 32, n_streams = 200, tokens_each = 0, n_probes = 0, pro
 static double seconds = 5, warm_s = 1, ramp_s = 20, sample = 1;
 static int64_t limit_requests = 0;
 
-static int measuring, stopping;
+static int measuring, stopping, renewed;
 static int64_t requests, tokens, in_band_errors, truncated, refused, resets, reconnects, opened, streaming, pending, status_count[600];
 static hist latency, ttft, ttft_added, gap, delay, probe_ttft, probe_added;
 static int64_t serial = 0;
@@ -42,7 +43,7 @@ static uint32_t xorshift(void) {
 static void start(conn *c) {
     static char body[1 << 16], head[1024];
     int stream = c->a.kind != PLAIN, n = 0, k;
-    int want = c->a.kind == PROBE ? 2 : stream ? tokens_each : 16;
+    int want = c->a.kind == PROBE ? 2 : !stream ? 16 : renewed ? 1 + (int)(xorshift() % (2 * (uint32_t)tokens_each - 1)) : tokens_each;
     n += snprintf(body + n, sizeof body - (size_t)n, "{\"model\":\"%s\",\"max_tokens\":%d,\"temperature\":0,", model, want);
     if (stream) n += snprintf(body + n, sizeof body - (size_t)n, "\"stream\":true,");
     int chat = strstr(path, "chat") != NULL;
@@ -232,7 +233,8 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();
     client_init(host, port);
-    if (!tokens_each) tokens_each = (int)((ramp_s + seconds + 5) * 50); /* no stream ends while it is measured */
+    renewed = tokens_each > 0;
+    if (!renewed) tokens_each = (int)((ramp_s + seconds + 5) * 50); /* no stream ends while it is measured */
     int64_t t0 = now_ns(), begin = 0, cpu0 = 0, warm_until = 0, give_up = t0 + (int64_t)(ramp_s * 1e9);
     if (!streams) {
         for (int i = 0; i < concurrency; i++) open_one(PLAIN);
@@ -247,7 +249,7 @@ int main(int argc, char **argv) {
             next_sweep = now + 5 * NS_PER_MS;
         }
         if (n_waiting) start_due_probes(now);
-        if (streams && !begin)
+        if (streams && (!begin || renewed))
             while (opened < n_streams && opened - streaming < 64) open_one(STREAM);
         if (!warm_until && (streaming >= n_streams || now > give_up)) { /* all flow, or as many as will */
             ramp_took_s = (double)(now - t0) / 1e9;

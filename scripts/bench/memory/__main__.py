@@ -68,13 +68,14 @@ def idle_bytes(workers: int) -> int:
         return processes.rss_bytes(mesh.tree("proxy"))
 
 
-def follow(mesh: infermesh.Mesh, results: Json, streams: int, minutes: float) -> None:
-    """Streams for half of the time, plain requests for the other."""
+def follow(mesh: infermesh.Mesh, results: Json, streams: int, tokens: int, minutes: float) -> None:
+    """Streams, then plain requests, for so long each."""
     load(mesh, ["plain", "-c", "32", "-t", "3"])  # whatever is made once is there
-    before, half_s = processes.rss_bytes(mesh.tree("proxy")), str(minutes * 30)
+    before, seconds = processes.rss_bytes(mesh.tree("proxy")), str(minutes * 60)
+    renewed = ["--tokens", str(tokens)] if tokens else []
     for name, arguments in (
-        ("streams", ["streams", "-s", str(streams), "-t", half_s, "--sample", "0.2"]),
-        ("plain", ["plain", "-c", "32", "-t", half_s]),
+        ("streams", ["streams", "-s", str(streams), "-t", seconds, "--sample", "0.2", *renewed]),
+        ("plain", ["plain", "-c", "32", "-t", seconds]),
     ):
         sizes, seen = watch(mesh, arguments)
         third = max(1, len(sizes) // 3)
@@ -90,17 +91,18 @@ def follow(mesh: infermesh.Mesh, results: Json, streams: int, minutes: float) ->
 @click.command(help=__doc__)
 @click.option("--workers", default=12, show_default=True, help="Idle ones, against a single one.")
 @click.option("--streams", default=1000, show_default=True, help="Open at once.")
-@click.option("--minutes", default=10.0, show_default=True, help="How long the memory is watched, half of it streams, half plain requests.")
+@click.option("--tokens", default=1000, show_default=True, help="Of a stream, on average; another one begins when one ends. 0: none ends.")
+@click.option("--minutes", default=10.0, show_default=True, help="How long the memory is watched under streams, then under plain requests.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
-def main(workers: int, streams: int, minutes: float, json_file: Path | None) -> None:
+def main(workers: int, streams: int, tokens: int, minutes: float, json_file: Path | None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results: Json = {"workers": workers, "streams": streams, "minutes": minutes}
+    results: Json = {"workers": workers, "streams": streams, "tokens": tokens, "minutes": minutes}
     try:
         one, many = idle_bytes(1), idle_bytes(workers)
         results["worker_bytes"] = (many - one) / (workers - 1)
         console.print(f"idle: {one / KIB:.0f} KiB with one worker, {many / KIB:.0f} with {workers}")
         with running_mesh(1) as mesh:
-            follow(mesh, results, streams, minutes)
+            follow(mesh, results, streams, tokens, minutes)
     except infermesh.NotYet as error:
         sys.exit(str(error))
     out = Console()
@@ -108,7 +110,7 @@ def main(workers: int, streams: int, minutes: float, json_file: Path | None) -> 
     out.print(f"an open stream, its client's connection included: {results['stream_bytes'] / KIB:.1f} KiB")
     for name in ("streams", "plain"):
         grown = results[name]["grown_bytes"] / KIB
-        out.print(f"{name} for {minutes / 2:g} minutes: last third over the middle one {grown:+.0f} KiB, {results[name]['errors']} errors")
+        out.print(f"{name} for {minutes:g} minutes: last third over the middle one {grown:+.0f} KiB, {results[name]['errors']} errors")
     if json_file:
         json_file.write_text(json.dumps(results, indent=1))
 
