@@ -223,8 +223,11 @@ class Table(RoutingTable):  # type: ignore[misc]
         subnet = subnet_of(contact.address.host)
         if subnet is None:
             return False
-        if self._subnets.get(subnet, 0) >= self._config.subnet_limit:
+        known = self._subnets.get(subnet, 0)
+        if known >= self._config.subnet_limit:
             return True
+        if known < self._config.subnet_bucket_limit:
+            return False
         bucket = self.bucket_of(contact.long_id)
         inside = sum(subnet_of(other.address.host) == subnet for other in bucket.nodes.values())
         return inside >= self._config.subnet_bucket_limit

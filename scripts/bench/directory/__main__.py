@@ -66,6 +66,7 @@ def on_virtual_time(console: Console, only: tuple[str, ...], size: simulated.Siz
 @click.option("--concurrency", default=8, show_default=True, help="loopback: operations at once.")
 @click.option("--dead", default=0.3, show_default=True, help="loopback: the share of nodes that die.")
 @click.option("--settle", default=60.0, show_default=True, help="loopback: seconds from when all nodes have joined until work begins.")
+@click.option("--apart", is_flag=True, help="loopback: a process for each node of ours and of stock kademlia.")
 @click.option("--budget", default=60.0, show_default=True, help="loopback: a phase begins nothing more after so many seconds.")
 @click.option("--peers", default=",".join(loopback.PEERS), show_default=True, help="loopback: which, in which order.")
 @click.option("--hivemind-nodes", default=20, show_default=True, help="loopback: hivemind runs a process for each node.")
@@ -82,6 +83,7 @@ def main(
     concurrency: int,
     dead: float,
     settle: float,
+    apart: bool,
     budget: float,
     peers: str,
     hivemind_nodes: int,
@@ -95,7 +97,9 @@ def main(
     console.print(f"{os.cpu_count()} cores, load {load:.1f} at the start")
     figures: Json = {"cores": os.cpu_count(), "load_at_start": load}
     if beside or not virtual:
-        plan = Plan(nodes=nodes or 200, ops=ops, concurrency=concurrency, dead=dead, settle_s=settle, budget_s=budget, seed=seed)
+        plan = Plan(
+            nodes=nodes or 200, ops=ops, concurrency=concurrency, dead=dead, settle_s=settle, budget_s=budget, seed=seed, apart=apart
+        )
         if quick:
             plan = replace(plan, nodes=nodes or 40, ops=min(ops, 40), budget_s=min(budget, 15), limit_s=30)
         figures["loopback"] = beside_others(console, plan, peers, min(hivemind_nodes, 8) if quick else hivemind_nodes)

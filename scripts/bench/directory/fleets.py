@@ -4,175 +4,187 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.metadata
 import json
 import logging
-import random
+import os
 import resource
+import signal
+import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import structlog  # noqa: E402
 import uvloop  # noqa: E402
-from kademlia.network import Server  # noqa: E402
 
-from bench.directory.workload import First, Plan, drive  # noqa: E402
-from mesh.clock import SystemClock  # noqa: E402
-from mesh.directory import Directory, DirectoryConfig  # noqa: E402
-from mesh.records import ModelEntry, Record, State, seal_record  # noqa: E402
-from mesh.trust import Role  # noqa: E402
-from tests.support.authority import make_mesh  # noqa: E402
+from bench import processes  # noqa: E402
+from bench.directory import nodes  # noqa: E402
+from bench.directory.workload import Fleet, Note, Plan, drive, timed  # noqa: E402
 
-HOST = "127.0.0.1"
 JOIN_AT_ONCE = 8
+KINDS = {"infermesh": nodes.ours, "kademlia": nodes.stock}
 
 
-class Ours:
-    """Workers, each announcing itself and refreshing its record all the while as in a real mesh. A key is a model that one of them
-    begins to serve: storing it is publishing, looking it up is `Directory.find_model`; its first answer is the first record that has been
-    verified. Nothing is shared between nodes."""
+async def join(start: Callable[[int, str], Any], plan: Plan) -> None:
+    """Node 0 first, then the others, so many at once; then all are left to themselves."""
+    entry = await start(0, "")
+    numbers = iter(range(1, plan.nodes))
 
-    def __init__(self, plan: Plan) -> None:
-        self.name = "infermesh"
+    async def lane() -> None:
+        for number in numbers:
+            await start(number, entry)
+
+    await asyncio.gather(*(lane() for _ in range(JOIN_AT_ONCE)))
+    await asyncio.sleep(plan.settle_s)
+
+
+class Together:
+    """All nodes in this process."""
+
+    def __init__(self, name: str, makers: list[Callable[[], nodes.Node]], plan: Plan) -> None:
+        self.name = name
+        self._makers = makers
         self._plan = plan
-        self._rng = random.Random(plan.seed)
-        self._clock = SystemClock()
-        self._config = DirectoryConfig.local()
-        self._mesh = make_mesh(now=time.time() - 60)
-        roles = [Role.BOOTSTRAP] + [Role.WORKER] * (plan.nodes - 1)  # the first is where the others enter, and stores as they do
-        self._identities = [self._mesh.identity(role, now=time.time()) for role in roles]
-        self._addresses = [""] * plan.nodes
-        self._directories: list[Directory] = []
-        self._models: list[list[str]] = [[] for _ in range(plan.nodes)]
-        self._owners: dict[int, bytes] = {}
-        self._seq = 0
-        self._boot = int(time.time() * 1000)
-        self._refreshing: list[asyncio.Task[None]] = []
-        self._publishing = [asyncio.Lock() for _ in range(plan.nodes)]
+        self._nodes: dict[int, nodes.Node] = {}
 
     async def up(self) -> None:
-        for number, identity in enumerate(self._identities):
-            directory = Directory(
-                identity,
-                bootstraps=self._addresses[:1] if number else [],
-                state_dir=None,
-                clock=self._clock,
-                rng=random.Random(self._rng.random()),
-                config=self._config,
-            )
-            self._directories.append(directory)
-            host, port = await directory.start(HOST, 0)
-            self._addresses[number] = f"{host}:{port}"
-            if number % JOIN_AT_ONCE == 0:
-                await directory.joined(timeout_s=30)
-        assert all(await asyncio.gather(*(directory.joined(timeout_s=30) for directory in self._directories)))
-        self._refreshing = [asyncio.create_task(self._refresh(number)) for number in range(self._plan.nodes)]
-        await asyncio.sleep(self._plan.settle_s)
+        await join(self._start, self._plan)
 
-    def _record(self, number: int) -> Record:
-        self._seq += 1
-        identity, now = self._identities[number], time.time()
-        record = Record(
-            node_id=identity.node_id,
-            role=identity.role,
-            boot=self._boot,
-            seq=self._seq,
-            issued=now,
-            expires=now + self._config.record_ttl_s,
-            state=State.READY,
-            addresses=(self._addresses[number],),
-            models=tuple(ModelEntry(name=name) for name in self._models[number]),
-        )
-        return seal_record(record, identity.key, identity.credentials.membership)
+    async def _start(self, number: int, entry: str) -> str:
+        self._nodes[number] = self._makers[number]()
+        return await self._nodes[number].start(entry)
 
-    async def _refresh(self, number: int) -> None:
-        await asyncio.sleep(self._rng.random() * self._config.refresh_s)
-        while True:
-            async with self._publishing[number]:
-                await self._directories[number].publish(self._record(number))
-            await asyncio.sleep(self._config.refresh_s * self._rng.uniform(0.9, 1.1))
+    async def store(self, node: int, key: int) -> list[Note]:
+        return await timed("store", self._nodes[node].store(key))
 
-    async def store(self, node: int, key: int) -> bool:
-        self._owners[key] = self._identities[node].node_id
-        async with self._publishing[node]:
-            self._models[node].append(f"model-{key}")
-            return await self._directories[node].publish(self._record(node)) > 0
+    async def get(self, node: int, key: int, owner: int) -> list[Note]:
+        return await timed("get", self._nodes[node].get(key, owner))
 
-    async def get(self, node: int, key: int) -> First:
-        owner, first = self._owners[key], First()
-        records = await self._directories[node].find_model(f"model-{key}", on_record=lambda record: first.hear(record.node_id == owner))
-        first.whole = [record.node_id for record in records] == [owner]
-        return first
-
-    async def kill(self, nodes: list[int]) -> None:
-        for number in nodes:
-            self._refreshing[number].cancel()
-            self._directories[number].node.protocol.close()
-        await asyncio.gather(*(self._directories[number].stop() for number in nodes))
+    async def kill(self, numbers: list[int]) -> None:
+        await asyncio.gather(*(self._nodes.pop(number).kill() for number in numbers))
 
     async def down(self) -> None:
-        for task in self._refreshing:
-            task.cancel()
-        await asyncio.gather(*(directory.stop() for directory in self._directories))
+        await self.kill(list(self._nodes))
+
+    def cpu_s(self) -> float:
+        return time.process_time()
 
 
-class Stock:
-    """kademlia.network.Server as it comes: nothing is signed, checked, sealed or refreshed."""
+class Apart:
+    """A process for each node, forked before any loop runs; killed with SIGKILL. Orders and notes go over a socket of each; what is timed
+    is timed in the node's own process."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.name = f"kademlia {importlib.metadata.version('kademlia')}"
+    def __init__(self, name: str, makers: list[Callable[[], nodes.Node]], plan: Plan) -> None:
+        self.name = name
         self._plan = plan
-        self._rng = random.Random(plan.seed)
-        self._servers = [Server() for _ in range(plan.nodes)]
-        self._values: dict[int, bytes] = {}
+        self._sockets: list[socket.socket] = []
+        self._pids: list[int] = []
+        self._links: dict[int, _Link] = {}
+        gc.freeze()
+        for make in makers:
+            here, there = socket.socketpair()
+            pid = os.fork()
+            if not pid:
+                for each in (here, *self._sockets):
+                    each.close()
+                _be(make, there)
+            there.close()
+            self._sockets.append(here)
+            self._pids.append(pid)
 
     async def up(self) -> None:
-        entry: list[tuple[str, int]] = []
-        joining: set[asyncio.Task[object]] = set()
-        for server in self._servers:
-            await server.listen(0, interface=HOST)
-            if not entry:
-                entry = [server.transport.get_extra_info("sockname")[:2]]
-                continue
-            joining.add(asyncio.create_task(server.bootstrap(entry)))
-            if len(joining) >= JOIN_AT_ONCE:
-                _, joining = await asyncio.wait(joining, return_when=asyncio.FIRST_COMPLETED)
-        if joining:
-            await asyncio.wait(joining)
-        await asyncio.sleep(self._plan.settle_s)
+        for number, each in enumerate(self._sockets):
+            self._links[number] = _Link(*await asyncio.open_connection(sock=each))
+        await join(self._start, self._plan)
 
-    async def store(self, node: int, key: int) -> bool:
-        self._values[key] = self._rng.randbytes(self._plan.value_bytes)
-        return bool(await self._servers[node].set(f"key-{key}", self._values[key]))
+    async def _start(self, number: int, entry: str) -> str:
+        return str(await self._links[number].order("start", entry))
 
-    async def get(self, node: int, key: int) -> bool:
-        return bool(await self._servers[node].get(f"key-{key}") == self._values[key])
+    async def store(self, node: int, key: int) -> list[Note]:
+        return [Note(*note) for note in await self._links[node].order("store", key)]
 
-    async def kill(self, nodes: list[int]) -> None:
-        for number in nodes:
-            self._servers[number].stop()
+    async def get(self, node: int, key: int, owner: int) -> list[Note]:
+        return [Note(*note) for note in await self._links[node].order("get", key, owner)]
+
+    async def kill(self, numbers: list[int]) -> None:
+        for number in numbers:
+            os.kill(self._pids[number], signal.SIGKILL)
 
     async def down(self) -> None:
-        for server in self._servers:
-            server.stop()
+        await self.kill(list(range(len(self._pids))))
+        for pid in self._pids:
+            await asyncio.to_thread(os.waitpid, pid, 0)
+
+    def cpu_s(self) -> float:
+        return processes.cpu_s(self._pids)
 
 
-FLEETS = {"infermesh": Ours, "kademlia": Stock}
+class _Link:
+    """Orders to one node's process, answered in whatever order they are done."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._serial = 0
+        self._reading = asyncio.create_task(self._read(reader))
+
+    async def order(self, *words: object) -> Any:
+        self._serial += 1
+        answer = self._waiting[self._serial] = asyncio.get_running_loop().create_future()
+        self._writer.write(json.dumps([self._serial, *words]).encode() + b"\n")
+        return await answer
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        async for line in reader:
+            serial, answer = json.loads(line)
+            self._waiting.pop(serial).set_result(answer)
+        for left in self._waiting.values():
+            left.set_exception(ConnectionError("the node's process has ended"))
+
+
+def _be(make: Callable[[], nodes.Node], link: socket.socket) -> None:
+    """A child: be this node until killed."""
+    try:
+        uvloop.run(_serve(make, link))
+    finally:
+        os._exit(1)
+
+
+async def _serve(make: Callable[[], nodes.Node], link: socket.socket) -> None:
+    node = make()
+    reader, writer = await asyncio.open_connection(sock=link)
+    doing: set[asyncio.Task[None]] = set()
+
+    async def do(serial: int, what: str, *words: Any) -> None:
+        if what == "start":
+            answer: Any = await node.start(*words)
+        else:
+            answer = [astuple(note) for note in await timed(what, getattr(node, what)(*words))]
+        writer.write(json.dumps([serial, answer]).encode() + b"\n")
+
+    async for line in reader:
+        task = asyncio.create_task(do(*json.loads(line)))
+        doing.add(task)
+        task.add_done_callback(doing.discard)
 
 
 def main() -> None:
-    name, plan = sys.argv[1], Plan(**json.loads(sys.argv[2]))
+    plan = Plan(**json.loads(sys.argv[2]))
     logging.disable(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     gc.set_threshold(100_000, 50, 50)
-    print(json.dumps(uvloop.run(drive(FLEETS[name](plan), plan))))
+    name, makers = KINDS[sys.argv[1]](plan)
+    fleet: Fleet = Apart(name, makers, plan) if plan.apart else Together(name, makers, plan)
+    print(json.dumps(uvloop.run(drive(fleet, plan))))
 
 
 if __name__ == "__main__":

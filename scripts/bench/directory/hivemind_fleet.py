@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hivemind.dht.node import DHTNode
 
-from bench.directory.workload import Plan, drive
+from bench.directory.workload import Note, Plan, drive, timed
 
 LIFETIME_S = 600
 
@@ -37,11 +37,17 @@ class Hivemind:
             entry = entry or [str(address) for address in await node.get_visible_maddrs()]
         await asyncio.sleep(self._plan.settle_s)
 
-    async def store(self, node: int, key: int) -> bool:
+    async def store(self, node: int, key: int) -> list[Note]:
+        return await timed("store", self._store(node, key))
+
+    async def get(self, node: int, key: int, owner: int) -> list[Note]:
+        return await timed("get", self._get(node, key))
+
+    async def _store(self, node: int, key: int) -> bool:
         self._values[key] = (f"{key} ".encode() * self._plan.value_bytes)[: self._plan.value_bytes]
         return bool(await self._nodes[node].store(f"key-{key}", self._values[key], time.time() + LIFETIME_S))
 
-    async def get(self, node: int, key: int) -> bool:
+    async def _get(self, node: int, key: int) -> bool:
         found = await self._nodes[node].get(f"key-{key}")
         return found is not None and found.value == self._values[key]
 
@@ -52,6 +58,9 @@ class Hivemind:
 
     async def down(self) -> None:
         await self.kill(list(range(len(self._nodes))))
+
+    def cpu_s(self) -> float:
+        return time.process_time()
 
 
 def main() -> None:

@@ -48,9 +48,8 @@ def summaries(results: Json) -> Json:
 
 def loopback_table(results: Json, found: Json) -> Table:
     plan = results["plan"]
-    title = (
-        f"{plan['nodes']} nodes in one process on loopback UDP, {plan['concurrency']} operations at once; ms, failed operations included"
-    )
+    where = "in a process each (hyperdht's in one)" if plan["apart"] else "in one process"
+    title = f"{plan['nodes']} nodes {where} on loopback UDP, {plan['concurrency']} operations at once; ms, failed operations included"
     table = Table("nodes", "operation", "DHT", title=title)
     for column in ("p50", "p99", "mean", "CPU p50", "CPU each", "right"):
         table.add_column(column, justify="right")
