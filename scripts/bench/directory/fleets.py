@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple
@@ -150,9 +151,11 @@ class _Link:
 
 
 def _be(make: Callable[[], nodes.Node], link: socket.socket) -> None:
-    """A child: be this node until killed."""
+    """A child: be this node until killed. What fails is told on stderr, and the link ends."""
     try:
         uvloop.run(_serve(make, link))
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(1)
 
@@ -160,7 +163,6 @@ def _be(make: Callable[[], nodes.Node], link: socket.socket) -> None:
 async def _serve(make: Callable[[], nodes.Node], link: socket.socket) -> None:
     node = make()
     reader, writer = await asyncio.open_connection(sock=link)
-    doing: set[asyncio.Task[None]] = set()
 
     async def do(serial: int, what: str, *words: Any) -> None:
         if what == "start":
@@ -169,10 +171,9 @@ async def _serve(make: Callable[[], nodes.Node], link: socket.socket) -> None:
             answer = [astuple(note) for note in await timed(what, getattr(node, what)(*words))]
         writer.write(json.dumps([serial, answer]).encode() + b"\n")
 
-    async for line in reader:
-        task = asyncio.create_task(do(*json.loads(line)))
-        doing.add(task)
-        task.add_done_callback(doing.discard)
+    async with asyncio.TaskGroup() as doing:
+        async for line in reader:
+            doing.create_task(do(*json.loads(line)))
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import importlib.metadata
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -136,8 +135,7 @@ class Stock:
         return bool(await self._server.get(f"key-{key}") == self._value(key))
 
     async def kill(self) -> None:
-        with suppress(AttributeError):  # it stops the timers of a look-up that it has not made
-            self._server.stop()
+        self._server.stop()
 
 
 def ours(plan: Plan) -> tuple[str, list[Callable[[], Node]]]:
