@@ -36,7 +36,6 @@ from mesh.records import Record, directory_key
 _KEYS_PER_STORE = 2
 _MAX_GIVEN = 256
 _REFRESH_SHARE = 0.52
-_TRY_UP_S = 300.0
 _YOUNG_S = 30.0
 _UNHURRIED_WALKS = 5
 """In a large mesh walks are so many times rarer: who stands nearer is heard of from holders."""
@@ -62,7 +61,7 @@ class _Place:
     full: set[bytes] = field(default_factory=set)
     """Who had no room when it was asked last."""
     refused: Contact | None = None
-    """One that had no room."""
+    """The last one that had no room."""
     wanted: int = 0
     walk_at: float = float("-inf")
     walking: bool = False
@@ -219,7 +218,7 @@ class Publisher:
             self._places.pop(place.key, None)
         for index in wanted.values():
             if index.level and self._clock.monotonic() >= index.retry_at:
-                index.retry_at = self._clock.monotonic() + _TRY_UP_S * self._rng.uniform(0.5, 1.5)
+                index.retry_at = self._next_ascent()
                 self._tasks.start(self._try_up(index, record), name="directory try up")
         deeper = [index for index in wanted.values() if self._go_deeper(index, record)]
         if deeper:
@@ -259,17 +258,21 @@ class Publisher:
         if index.level >= MAX_LEVEL or not place.full or len(place.full) < len(place.holders):
             return False
         index.level += 1
-        index.retry_at = self._clock.monotonic() + _TRY_UP_S * self._rng.uniform(0.5, 1.5)
+        index.retry_at = self._next_ascent()
         return True
 
     async def _try_up(self, index: _Index, record: Record) -> None:
-        """Ask one holder of the level above whether there is room again; if so, the next refresh goes there."""
+        """Ask one holder of the level above whether there is room again; if so, the next refresh goes there. Whoever turned us away last is
+        asked, until it does not answer."""
         level = index.level - 1
         above = self._places.get(directory_key(index.kind, index.name, shard_of(record.node_id, level)))
-        if above is None or above.refused is None:
+        if above is None:
             return
-        accepted = {above.key: 0}
-        await self._store_at(record, above.refused, [above], accepted)
+        asked = above.refused or next(iter(await self._walk(above.key)), None)
+        if asked is None:
+            return
+        above.refused, accepted = None, {above.key: 0}
+        await self._store_at(record, asked, [above], accepted)
         if accepted[above.key] and index.level == level + 1:
             index.level = level
             above.full.clear()
@@ -307,6 +310,9 @@ class Publisher:
     def _next_walk(self) -> float:
         rarely = _UNHURRIED_WALKS if self.unhurried else 1
         return self._clock.monotonic() + rarely * self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+
+    def _next_ascent(self) -> float:
+        return self._clock.monotonic() + self._config.ascend_interval_s * self._rng.uniform(0.5, 1.5)
 
     def _due(self, place: _Place) -> list[Contact]:
         """The holders of this round: the nearest each time, the spares every other time; of news, whoever may hold an older record."""

@@ -232,7 +232,7 @@ class RecordStore(IStorage):  # type: ignore[misc]
         entry = (rank(node_id), node_id)
         listed = self._index.setdefault(key, [])
         if len(listed) >= self._config.shard_size and entry > listed[self._config.shard_size - 1]:
-            self._overflowing[key] = now + MAX_LIFETIME_S
+            self._overflowing[key] = now + 2 * self._config.ascend_interval_s
             return Verdict.FULL
         if key not in held.keys:
             insort(listed, entry)
@@ -303,8 +303,8 @@ class RecordStore(IStorage):  # type: ignore[misc]
         return len(self._index.get(key, ()))
 
     def is_full(self, key: bytes, now: float) -> bool:
-        """Whether somebody was sent to the sub-keys within the last record lifetime."""
-        return self._overflowing.get(key, 0.0) > now
+        """Whether somebody may stand under the sub-keys: there is no room here, or whoever was sent there need not have asked since."""
+        return self.count(key) >= self._config.shard_size or self._overflowing.get(key, 0.0) > now
 
     def keys(self) -> list[bytes]:
         return list(self._index)

@@ -171,12 +171,14 @@ def test_in_a_large_mesh_pulses_keep_what_is_steady_and_nothing_else() -> None:
 def test_pulses_keep_what_stands_under_sub_keys_too() -> None:
     async def scenario(swarm: Swarm) -> None:
         fleet, front = await ready_mesh(swarm, 60)
-        await asyncio.sleep(60.0)
+        for _ in range(180):
+            await asyncio.sleep(1.0)
+            assert all(known(proxy) == ids(fleet) for proxy in front), "nobody leaves the view when all has become quiet"
+        assert await found(front[0]) == ids(fleet)
         records = [record for proxy in front for record in proxy.running.known(Role.WORKER)]
-        assert {record.node_id for record in records} == ids(fleet)
         assert sum(record.pulse > 0 for record in records) > 0.7 * len(records)
 
-    simulate(scenario, seed=23, config=with_config(large_mesh=50, shard_size=12))
+    simulate(scenario, seed=24, config=with_config(large_mesh=50, shard_size=24))
 
 
 def test_a_partition_heals_into_one_view() -> None:
