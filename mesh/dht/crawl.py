@@ -114,8 +114,8 @@ class _Path:
 class Crawl:
     """One look-up; `run` it once. With ``accept`` it also collects records.
 
-    ``sparing``, with some in hand: from the nearest alone. It halves the cost of reading a large view again, and two halves of a mesh that
-    meet again find each other's records some ten seconds later.
+    ``sparing``, with some in hand: from the nearest alone, and of no more of them than there are holders. It costs less than half to read a
+    large view again, and two halves of a mesh that meet again find each other's records some ten seconds later.
     """
 
     def __init__(
@@ -153,7 +153,8 @@ class Crawl:
                 on_change=self._wait_a_turn,
             )
         self._contacts_again = _CONTACTS_AGAIN if sparing else _CONTACTS
-        self._width = width or config.read_width
+        again = sparing and self._collector is not None and self._collector.knows_some
+        self._width = width or (config.holders if again else config.read_width)
         self._hops: dict[bytes, Hop] = {}
         self._paths: list[_Path] = []
         self._main = _Path(-1, 0, 0)

@@ -52,6 +52,8 @@ _PATCH, _PULSE, _SAME = 1, 2, 4
 MAX_TAGS = 170
 _MAX_WATCHED_KEYS = 1_024
 _MAX_WATCHERS = 256
+_RIVAL_SILENT = 5
+"""Probe intervals of silence after which a contact may have to make room for somebody who is heard from."""
 
 
 class Op(IntEnum):
@@ -104,6 +106,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         self._serve = serve
         self.source_node = table.node
         self.watchers = Watchers()
+        self._no_rival_until = float("-inf")
         self.on_notice: Callable[[bytes, float, bytes], None] = lambda data, remaining_s, source: None
         self.on_own_address: Callable[[Address], None] = lambda address: None
         self.handlers = {Op.PING: self.rpc_ping}
@@ -122,9 +125,12 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
     def on_proven(self, session: Session, address: Address) -> None:
         if not session.serve:
             return
-        rival = self.router.seen(session.node_id, address, self.clock.monotonic())
-        if rival is not None and self.clock.monotonic() - rival.seen > self.config.probe_interval_s * 5:
-            self.probe(rival)
+        now = self.clock.monotonic()
+        rival = self.router.seen(session.node_id, address, now)
+        if rival is None or now - rival.seen <= _RIVAL_SILENT * self.config.probe_interval_s or now < self._no_rival_until:
+            return
+        self._no_rival_until = now + self.config.probe_interval_s
+        self.probe(rival)
 
     def on_failed(self, node_id: bytes, failures: int) -> None:
         contact = self.router.get(node_id)

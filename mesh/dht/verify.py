@@ -66,10 +66,11 @@ class _Known:
 class Verifier:
     """Verifies records and remembers good ones by their bytes: those that may still come, and at most ``size`` of them.
 
-    Every node signs a new one each few seconds, so all that were ever good would be megabytes of what nobody sends any more.
+    Every node signs a new one each few seconds, so all that were ever good would be megabytes of what nobody sends any more. Fewer than
+    there are live nodes, and a proxy would verify each record anew with each reading of its view: 20,000 are some 40 MB.
     """
 
-    def __init__(self, members: MembershipCache, *, size: int = 4_096) -> None:
+    def __init__(self, members: MembershipCache, *, size: int = 20_000) -> None:
         self._members = members
         self._size = size
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
