@@ -41,8 +41,8 @@ class DirectoryConfig:
     """Records under one key before the overflow goes to its eight sub-keys. 160 records are about 69 KB, 63 datagrams, and the tags of all
     of them fit into one."""
     ascend_interval_s: float = 300.0
-    """How often, give or take half, whoever went to a sub-key asks at the key above whether there is room again. For two such intervals a
-    holder that turned somebody away sends readers to the sub-keys."""
+    """How often, give or take half, whoever went to a sub-key asks at the key above whether there is room again, with the next record it
+    signs. For three such intervals a holder that turned somebody away sends readers to the sub-keys."""
     max_records: int = 50_000
     """Records one node holds, of all keys together: about 50 MB."""
     max_stores_per_peer: int = 256

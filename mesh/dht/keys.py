@@ -41,6 +41,11 @@ def level_of(shard: int) -> int:
     return level
 
 
+def depth_of(records: int, shard_size: int) -> int:
+    """The level down to which so many records fill the keys, each of which takes ``shard_size``."""
+    return next((level for level in range(MAX_LEVEL) if records <= shard_size * first_shard(level + 1)), MAX_LEVEL)
+
+
 def rank(node_id: bytes) -> bytes:
     """Who stays when a key is full: the lowest. Other bits of the id than those that choose the shard."""
     return node_id[16:]

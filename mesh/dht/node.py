@@ -25,7 +25,7 @@ from mesh.dht.crawl import Crawl, Outcome
 from mesh.dht.documents import DocumentStore
 from mesh.dht.exchange import Exchange
 from mesh.dht.hearsay import Hearsay
-from mesh.dht.keys import indexes
+from mesh.dht.keys import depth_of, indexes
 from mesh.dht.mesh_time import MeshTime
 from mesh.dht.peers import PeerMemory
 from mesh.dht.protocol import EMPTY, MeshProtocol, Op
@@ -463,8 +463,10 @@ class DhtNode:
         """Every second: what has expired goes. Now and then: probe the silent, refresh buckets, save."""
         now = self.clock.monotonic()
         self.store.expire(now)
-        self.is_large = len(self.table) > 2 * self.config.k and self.table.estimate_nodes() >= self.config.large_mesh
+        nodes = self.table.estimate_nodes()
+        self.is_large = len(self.table) > 2 * self.config.k and nodes >= self.config.large_mesh
         self.publisher.unhurried = self.is_large
+        self.publisher.depth = depth_of(nodes, self.config.shard_size) if self.is_large else 0
         if not self.is_large and (unmet := self.hearsay.take(now)) is not None:
             self._inquire(unmet)
         if self._due("probe", now, self.config.probe_interval_s * (_LARGE_PROBES if self.is_large else 1)):

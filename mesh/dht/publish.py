@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import ceil
@@ -63,7 +63,11 @@ class _Place:
     refused: Contact | None = None
     """The last one that had no room."""
     wanted: int = 0
-    walk_at: float = float("-inf")
+    walked_at: float = float("-inf")
+    patience_s: float = 0.0
+    """From one walk to the next; so many times more in a large mesh: `_UNHURRIED_WALKS`."""
+    walk_at: float = float("inf")
+    """Somebody has said that others stand nearer: so long may the next walk wait."""
     walking: bool = False
     guessed: bool = False
     """Its holders come from our table, and none of them has contradicted yet."""
@@ -132,6 +136,8 @@ class Publisher:
         self._calm_at = float("inf")
         self.unhurried = False
         """Whether a record that says nothing new may wait until a good part of its life has passed: set in a large mesh."""
+        self.depth = 0
+        """The level down to which the nodes of a large mesh fill the keys of a role."""
 
     def holders(self) -> dict[bytes, list[Contact]]:
         """By key, who is remembered to hold our record."""
@@ -211,25 +217,31 @@ class Publisher:
         wanted = {pair: self._indexes.setdefault(pair, _Index(*pair)) for pair in indexes(record)}
         gone = [pair for pair in self._indexes if pair not in wanted]
         withdrawn = [place for pair in gone for place in self._withdraw(self._indexes.pop(pair), record)]
+        below = {index: self._below(index, record) for index in wanted.values()}
+        ahead = [place for places in below.values() for place in places]
         places = [self._place(index, record) for index in wanted.values()]
-        await self._settle(places)
-        accepted = await self._store(record, places + withdrawn, pulse, [place.key for place in places], enough)
+        await self._settle(places + ahead)
+        accepted = await self._store(record, places + withdrawn + ahead, pulse, [place.key for place in places], enough)
         for place in withdrawn:
             self._places.pop(place.key, None)
         for index in wanted.values():
-            if index.level and self._clock.monotonic() >= index.retry_at:
+            if index.level and not pulse.n and self._clock.monotonic() >= index.retry_at:
                 index.retry_at = self._next_ascent()
                 self._tasks.start(self._try_up(index, record), name="directory try up")
         deeper = [index for index in wanted.values() if self._go_deeper(index, record)]
         if deeper:
-            accepted |= await self._publish_deeper(record, deeper)
-        self._repair(record, places)
+            accepted |= await self._publish_deeper(record, deeper, accepted)
+        for index, places_below in below.items():
+            for place in places_below[index.level :]:
+                self._places.pop(place.key, None)
+        self._repair(record, self._current(record))
         return min((accepted.get(self._key(index, record), 0) for index in wanted.values()), default=0)
 
-    async def _publish_deeper(self, record: Record, deeper: list[_Index]) -> dict[bytes, int]:
+    async def _publish_deeper(self, record: Record, deeper: list[_Index], offered: Container[bytes] = ()) -> dict[bytes, int]:
+        """Down to where there is room; what was ``offered`` already is not again."""
         accepted: dict[bytes, int] = {}
         while deeper and self._sending is record:
-            places = [self._place(index, record) for index in deeper]
+            places = [place for index in deeper if (place := self._place(index, record)).key not in offered]
             await self._settle(places)
             accepted |= await self._store(record, places)
             deeper = [index for index in deeper if self._go_deeper(index, record)]
@@ -239,9 +251,18 @@ class Publisher:
         return directory_key(index.kind, index.name, shard_of(record.node_id, index.level))
 
     def _place(self, index: _Index, record: Record) -> _Place:
+        return self._place_at(self._key(index, record), index.level)
+
+    def _place_at(self, key: bytes, level: int) -> _Place:
         """Spares are for what few have: below the first level there are hundreds of others, and who looks finds them."""
-        key = self._key(index, record)
-        return self._places.setdefault(key, _Place(key, self._config.holders + (0 if index.level else self._config.spares)))
+        return self._places.setdefault(key, _Place(key, self._config.holders + (0 if level else self._config.spares)))
+
+    def _below(self, index: _Index, record: Record) -> list[_Place]:
+        """Of a role that is new to us, in a large mesh: the places we may be sent to. Being turned away first takes twice as long."""
+        if index.kind != "role" or self._key(index, record) in self._places:
+            return []
+        shards = {level: shard_of(record.node_id, level) for level in range(1, self.depth + 1)}
+        return [self._place_at(directory_key(index.kind, index.name, shard), level) for level, shard in shards.items()]
 
     def _current(self, record: Record) -> list[_Place]:
         """The places that refreshes go to: not those of levels above, where holders were full."""
@@ -286,7 +307,7 @@ class Publisher:
                 place.holders = {contact.id: contact for contact in guessed}
                 place.wanted = len(guessed)
                 place.guessed = True
-                place.walk_at = self._next_walk()
+                self._note_walk(place)
         await asyncio.gather(*(self._find_holders(place) for place in places if not place.holders))
 
     async def _find_holders(self, place: _Place) -> list[Contact]:
@@ -304,12 +325,18 @@ class Publisher:
             place.full &= place.holders.keys()
         place.wanted = len(place.holders)
         place.guessed = False
-        place.walk_at = self._next_walk()
+        self._note_walk(place)
         return fresh
 
-    def _next_walk(self) -> float:
-        rarely = _UNHURRIED_WALKS if self.unhurried else 1
-        return self._clock.monotonic() + rarely * self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+    def _note_walk(self, place: _Place) -> None:
+        place.walked_at, place.walk_at = self._clock.monotonic(), float("inf")
+        place.patience_s = self._config.walk_interval_s * self._rng.uniform(0.75, 1.25)
+
+    def _must_walk(self, place: _Place) -> bool:
+        """Holders are lost, or somebody stands nearer, or it is long since anybody looked."""
+        now, rarely = self._clock.monotonic(), _UNHURRIED_WALKS if self.unhurried else 1
+        lost = len(place.holders) < min(place.wanted, self._config.holders)
+        return lost or now >= min(place.walk_at, place.walked_at + rarely * place.patience_s)
 
     def _next_ascent(self) -> float:
         return self._clock.monotonic() + self._config.ascend_interval_s * self._rng.uniform(0.5, 1.5)
@@ -389,6 +416,7 @@ class Publisher:
                 accepted[place.key] += 1
                 self._hear_of_nearer(place, contact, others)
             elif verdict is Verdict.FULL:
+                self._give(contact.id, record)  # under another key it may have taken it
                 place.full.add(contact.id)
                 place.refused = contact
                 place.holders.pop(contact.id, None)
@@ -451,8 +479,8 @@ class Publisher:
         return max(0, int((record.expires - self._clock.wall()) * 1000))
 
     def _give(self, holder: bytes, record: Record) -> None:
-        if self._base is None or record.signed != self._base.signed:
-            self._sent_at = float("-inf")  # it has a newer one than the others: they get one next time, without waiting
+        if self._base is None or record.order > self._base.order:
+            self._base, self._sent_at = None, float("-inf")  # it has a newer one than the others: all get one next time, and soon
         self._given[holder] = record.signed
         self._given.move_to_end(holder)
         if len(self._given) > _MAX_GIVEN:
@@ -460,10 +488,8 @@ class Publisher:
 
     def _repair(self, record: Record, places: list[_Place]) -> None:
         """Walk again, behind the refresh, for keys that lost holders or whose time has come."""
-        now = self._clock.monotonic()
         for place in places:
-            lost = len(place.holders) < min(place.wanted, self._config.holders)
-            if (lost or now >= place.walk_at) and not place.walking:
+            if not place.walking and self._must_walk(place):
                 self._tasks.start(self._refill(record, place), name="directory refill")
 
     async def _refill(self, record: Record, place: _Place) -> None:

@@ -232,7 +232,7 @@ class RecordStore(IStorage):  # type: ignore[misc]
         entry = (rank(node_id), node_id)
         listed = self._index.setdefault(key, [])
         if len(listed) >= self._config.shard_size and entry > listed[self._config.shard_size - 1]:
-            self._overflowing[key] = now + 2 * self._config.ascend_interval_s
+            self._overflowing[key] = now + 3 * self._config.ascend_interval_s
             return Verdict.FULL
         if key not in held.keys:
             insort(listed, entry)

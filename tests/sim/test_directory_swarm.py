@@ -181,6 +181,22 @@ def test_pulses_keep_what_stands_under_sub_keys_too() -> None:
     simulate(scenario, seed=24, config=with_config(large_mesh=50, shard_size=24))
 
 
+def test_whoever_went_to_a_sub_key_comes_back_when_there_is_room_though_who_sent_it_there_has_died() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, _ = await ready_mesh(swarm, 60)
+        alive = fleet[50:]
+
+        def above() -> list[bool]:
+            holders = (worker.running.node.publisher.holders().get(role_key(Role.WORKER), []) for worker in alive)
+            return [len(some) >= swarm.config.holders for some in holders]
+
+        assert not all(above())
+        await swarm.crash(fleet[:50])
+        await until(lambda: all(above()), within_s=150.0)
+
+    simulate(scenario, seed=24, config=with_config(shard_size=12, ascend_interval_s=30.0))
+
+
 def test_a_partition_heals_into_one_view() -> None:
     simulate(lambda swarm: partition_and_heal(swarm, 40, for_s=90.0), seed=17)
 
