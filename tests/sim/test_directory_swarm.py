@@ -181,6 +181,20 @@ def test_pulses_keep_what_stands_under_sub_keys_too() -> None:
     simulate(scenario, seed=24, config=with_config(large_mesh=50, shard_size=24))
 
 
+def test_a_newcomer_to_a_full_key_need_not_be_turned_away_first() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        _, front = await ready_mesh(swarm, 60, proxies=4)
+        took_s = []
+        late = await swarm.grow(Role.WORKER, 20)
+        await asyncio.sleep(10.0)
+        for worker in late:
+            swarm.loop.create_task(worker.publish())
+            took_s.append(await until(lambda worker=worker: all(worker.node_id in known(proxy) for proxy in front), within_s=5.0))
+        assert sorted(took_s)[15] < 0.2, took_s
+
+    simulate(scenario, seed=1, config=with_config(large_mesh=50, shard_size=12))
+
+
 def test_whoever_went_to_a_sub_key_comes_back_when_there_is_room_though_who_sent_it_there_has_died() -> None:
     async def scenario(swarm: Swarm) -> None:
         fleet, _ = await ready_mesh(swarm, 60)

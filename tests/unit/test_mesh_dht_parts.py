@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mesh.claims import CLOCK_SKEW_S
 from mesh.dht.address import Address, encode_address, is_dialable, normalise, parse_address, split_host_port, subnet_of
 from mesh.dht.config import DirectoryConfig
-from mesh.dht.keys import FANOUT, MAX_LEVEL, AllowedKeys, first_shard, level_of, shard_of, sub_shards
+from mesh.dht.keys import FANOUT, MAX_LEVEL, AllowedKeys, depth_of, first_shard, level_of, shard_of, sub_shards
 from mesh.dht.limits import Bucket, Buckets
 from mesh.dht.mesh_time import MAX_SHIFT_S, MeshTime
 from mesh.dht.patch import apply_patch, base_of, encode_patch
@@ -99,6 +99,13 @@ def test_shards_are_numbered_without_gaps_and_fit_two_bytes() -> None:
     assert sorted(numbers) == list(range(first_shard(4)))
     assert first_shard(MAX_LEVEL + 1) <= 0xFFFF
     assert len(sub_shards(0)) == FANOUT
+
+
+@pytest.mark.parametrize(
+    ("records", "depth"), [(0, 0), (160, 0), (161, 1), (160 * 9, 1), (160 * 9 + 1, 2), (10_000, 2), (1 << 40, MAX_LEVEL)]
+)
+def test_so_many_records_fill_keys_down_to_some_level(records: int, depth: int) -> None:
+    assert depth_of(records, 160) == depth
 
 
 def test_the_keys_a_record_may_stand_under_begin_with_those_it_is_published_under() -> None:
