@@ -129,7 +129,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         rival = self.router.seen(session.node_id, address, now)
         if rival is None or now - rival.seen <= _RIVAL_SILENT * self.config.probe_interval_s or now < self._no_rival_until:
             return
-        self._no_rival_until = now + self.config.probe_interval_s
+        self._no_rival_until = now + 2 * self.config.probe_interval_s
         self.probe(rival)
 
     def on_failed(self, node_id: bytes, failures: int) -> None:

@@ -35,7 +35,8 @@ from mesh.records import Record, directory_key
 
 _KEYS_PER_STORE = 2
 _MAX_GIVEN = 256
-_REFRESH_SHARE = 0.52
+_REFRESH_SHARE = 0.55
+"""Of a record's life; with `mesh.dht.crawl._LASTING` less than all of it, so that a holder has a newer one before a reader asks."""
 _YOUNG_S = 30.0
 _UNHURRIED_WALKS = 5
 """In a large mesh walks are so many times rarer: who stands nearer is heard of from holders."""
@@ -168,8 +169,22 @@ class Publisher:
         former, self._record = self._record, record
         now = self._clock.monotonic()
         pause_s, self._called_at = now - self._called_at, now
-        if former is not None and not is_material(former, record) and self._may_wait(record, pause_s):
-            return self._accepted
+        if former is not None and not is_material(former, record) and self._is_calm():
+            wait_s = self._sent_at + _REFRESH_SHARE * (record.expires - record.issued) - now
+            if 0 < wait_s <= pause_s:
+                self._tasks.start(self._refresh_in(wait_s), name="directory refresh")
+            if wait_s > 0:
+                return self._accepted
+        return await self._refresh(record, former)
+
+    async def _refresh_in(self, wait_s: float) -> None:
+        """In a large mesh a record that says nothing new goes out when a good part of its life has passed, not when its owner calls."""
+        sent_at = self._sent_at
+        await self._clock.sleep(wait_s)
+        if self._record is not None and self._sent_at == sent_at:
+            await self._refresh(self._record, self._record)
+
+    async def _refresh(self, record: Record, former: Record | None) -> int:
         pulse = NO_PULSE
         if former is None or is_material(former, record):
             for place in self._places.values():
@@ -203,11 +218,6 @@ class Publisher:
     def _is_calm(self) -> bool:
         """In a large mesh, but not while a key is new: its holders are found one round after the other then."""
         return self.unhurried and self._clock.monotonic() >= self._calm_at
-
-    def _may_wait(self, record: Record, pause_s: float) -> bool:
-        """In a large mesh, while the next refresh will still come before half the life of the last is over."""
-        elapsed_s = self._clock.monotonic() - self._sent_at
-        return self._is_calm() and elapsed_s + pause_s <= _REFRESH_SHARE * (record.expires - record.issued)
 
     async def _publish(self, record: Record, pulse: Pulse, enough: asyncio.Future[int] | None) -> int:
         """All of it; with a pulse, that goes to the holders instead of the record.
@@ -342,14 +352,15 @@ class Publisher:
         return self._clock.monotonic() + self._config.ascend_interval_s * self._rng.uniform(0.5, 1.5)
 
     def _due(self, place: _Place) -> list[Contact]:
-        """The holders of this round: the nearest each time, the spares every other time; of news, whoever may hold an older record."""
+        """The holders of this round: the nearest each time, the spares every other time unless rounds are rare; of news, whoever may hold
+        an older record."""
         ordered = place.ordered()
         place.rounds += 1
         if place.rounds == 1:
             now = self._clock.monotonic()
             place.gave = {node_id: (contact, until) for node_id, (contact, until) in place.gave.items() if until > now}
             return ordered + [contact for contact, _ in place.gave.values() if contact.id not in place.holders]
-        return ordered if place.rounds % 2 else ordered[: self._config.holders]
+        return ordered if self.unhurried or place.rounds % 2 else ordered[: self._config.holders]
 
     async def _store(
         self,
