@@ -463,8 +463,8 @@ class DhtNode:
         """Every second: what has expired goes. Now and then: probe the silent, refresh buckets, save."""
         now = self.clock.monotonic()
         self.store.expire(now)
-        nodes = self.table.estimate_nodes()
-        self.is_large = len(self.table) > 2 * self.config.k and nodes >= self.config.large_mesh
+        nodes = self.table.estimate_nodes() if len(self.table) > 2 * self.config.k else 0
+        self.is_large = nodes >= self.config.large_mesh
         self.publisher.unhurried = self.is_large
         self.publisher.depth = depth_of(nodes, self.config.shard_size) if self.is_large else 0
         if not self.is_large and (unmet := self.hearsay.take(now)) is not None:

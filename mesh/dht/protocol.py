@@ -54,6 +54,8 @@ _MAX_WATCHED_KEYS = 1_024
 _MAX_WATCHERS = 256
 _RIVAL_SILENT = 5
 """Probe intervals of silence after which a contact may have to make room for somebody who is heard from."""
+_RIVAL_EVERY = 2
+"""One such contact is pinged in so many probe intervals: in a large mesh nearly everybody who writes stands in no table."""
 
 
 class Op(IntEnum):
@@ -129,7 +131,7 @@ class MeshProtocol(SealedRpc, KademliaProtocol):  # type: ignore[misc]
         rival = self.router.seen(session.node_id, address, now)
         if rival is None or now - rival.seen <= _RIVAL_SILENT * self.config.probe_interval_s or now < self._no_rival_until:
             return
-        self._no_rival_until = now + 2 * self.config.probe_interval_s
+        self._no_rival_until = now + _RIVAL_EVERY * self.config.probe_interval_s
         self.probe(rival)
 
     def on_failed(self, node_id: bytes, failures: int) -> None:

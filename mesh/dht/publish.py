@@ -229,7 +229,7 @@ class Publisher:
         withdrawn = [place for pair in gone for place in self._withdraw(self._indexes.pop(pair), record)]
         below = {index: self._below(index, record) for index in wanted.values()}
         ahead = [place for places in below.values() for place in places]
-        places = [self._place(index, record) for index in wanted.values()]
+        places = [self._place(index, record, index.level) for index in wanted.values()]
         await self._settle(places + ahead)
         accepted = await self._store(record, places + withdrawn + ahead, pulse, [place.key for place in places], enough)
         for place in withdrawn:
@@ -251,28 +251,26 @@ class Publisher:
         """Down to where there is room; what was ``offered`` already is not again."""
         accepted: dict[bytes, int] = {}
         while deeper and self._sending is record:
-            places = [place for index in deeper if (place := self._place(index, record)).key not in offered]
+            places = [self._place(index, record, index.level) for index in deeper if self._key(index, record) not in offered]
             await self._settle(places)
             accepted |= await self._store(record, places)
             deeper = [index for index in deeper if self._go_deeper(index, record)]
         return accepted
 
-    def _key(self, index: _Index, record: Record) -> bytes:
-        return directory_key(index.kind, index.name, shard_of(record.node_id, index.level))
+    def _key(self, index: _Index, record: Record, level: int | None = None) -> bytes:
+        """The key at ``level``, by default that where the record stands now."""
+        return directory_key(index.kind, index.name, shard_of(record.node_id, index.level if level is None else level))
 
-    def _place(self, index: _Index, record: Record) -> _Place:
-        return self._place_at(self._key(index, record), index.level)
-
-    def _place_at(self, key: bytes, level: int) -> _Place:
+    def _place(self, index: _Index, record: Record, level: int) -> _Place:
         """Spares are for what few have: below the first level there are hundreds of others, and who looks finds them."""
+        key = self._key(index, record, level)
         return self._places.setdefault(key, _Place(key, self._config.holders + (0 if level else self._config.spares)))
 
     def _below(self, index: _Index, record: Record) -> list[_Place]:
         """Of a role that is new to us, in a large mesh: the places we may be sent to. Being turned away first takes twice as long."""
         if index.kind != "role" or self._key(index, record) in self._places:
             return []
-        shards = {level: shard_of(record.node_id, level) for level in range(1, self.depth + 1)}
-        return [self._place_at(directory_key(index.kind, index.name, shard), level) for level, shard in shards.items()]
+        return [self._place(index, record, level) for level in range(1, self.depth + 1)]
 
     def _current(self, record: Record) -> list[_Place]:
         """The places that refreshes go to: not those of levels above, where holders were full."""
@@ -280,7 +278,7 @@ class Publisher:
         return [self._places[key] for key in keys if key in self._places]
 
     def _withdraw(self, index: _Index, record: Record) -> list[_Place]:
-        keys = [directory_key(index.kind, index.name, shard_of(record.node_id, level)) for level in range(index.level + 1)]
+        keys = [self._key(index, record, level) for level in range(index.level + 1)]
         return [self._places[key] for key in keys if key in self._places]
 
     def _go_deeper(self, index: _Index, record: Record) -> bool:
@@ -296,7 +294,7 @@ class Publisher:
         """Ask one holder of the level above whether there is room again; if so, the next refresh goes there. Whoever turned us away last is
         asked, until it does not answer."""
         level = index.level - 1
-        above = self._places.get(directory_key(index.kind, index.name, shard_of(record.node_id, level)))
+        above = self._places.get(self._key(index, record, level))
         if above is None:
             return
         asked = above.refused or next(iter(await self._walk(above.key)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,28 @@ def test_in_a_large_mesh_pulses_keep_what_is_steady_and_nothing_else() -> None:
     simulate(scenario, seed=23, config=with_config(large_mesh=50))
 
 
-def test_pulses_keep_what_stands_under_sub_keys_too() -> None:
+def test_in_a_quiet_large_mesh_nobody_signs_anew_and_pulses_come_when_they_are_due() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, _ = await ready_mesh(swarm, 60)
+        await asyncio.sleep(45.0)
+        heard: dict[bytes, dict[tuple[int, int], set[int]]] = {worker.node_id: {} for worker in fleet}
+        for _ in range(240):
+            await asyncio.sleep(0.25)
+            for node in swarm.nodes:
+                for held in node.running.node.store.live(role_key(Role.WORKER), node.clock.monotonic()):
+                    heard[held.record.node_id].setdefault(held.record.order, set()).add(held.pulse.n)
+        assert all(len(orders) == 1 for orders in heard.values()), "a record was signed anew"
+        steps = [late - early for orders in heard.values() for pulses in orders.values() for early, late in pairwise(sorted(pulses))]
+        assert len(steps) >= 4 * len(fleet)
+        assert {10, 11, 12} >= set(steps), "0.55 of twenty seconds, in whole ones"
+
+    simulate(scenario, seed=23, config=with_config(large_mesh=50))
+
+
+@pytest.mark.parametrize(("shard_size", "ascend_interval_s"), [(24, 300.0), (12, 20.0)])
+def test_pulses_keep_what_stands_under_sub_keys_too(shard_size: int, ascend_interval_s: float) -> None:
+    """Longer than who was turned away waits to ask again; and while many ask again."""
+
     async def scenario(swarm: Swarm) -> None:
         fleet, front = await ready_mesh(swarm, 60)
         for _ in range(180):
@@ -178,7 +200,7 @@ def test_pulses_keep_what_stands_under_sub_keys_too() -> None:
         records = [record for proxy in front for record in proxy.running.known(Role.WORKER)]
         assert sum(record.pulse > 0 for record in records) > 0.7 * len(records)
 
-    simulate(scenario, seed=24, config=with_config(large_mesh=50, shard_size=24))
+    simulate(scenario, seed=24, config=with_config(large_mesh=50, shard_size=shard_size, ascend_interval_s=ascend_interval_s))
 
 
 def test_a_newcomer_to_a_full_key_need_not_be_turned_away_first() -> None:
@@ -188,7 +210,7 @@ def test_a_newcomer_to_a_full_key_need_not_be_turned_away_first() -> None:
         late = await swarm.grow(Role.WORKER, 20)
         await asyncio.sleep(10.0)
         for worker in late:
-            swarm.loop.create_task(worker.publish())
+            worker.announce()
             took_s.append(await until(lambda worker=worker: all(worker.node_id in known(proxy) for proxy in front), within_s=5.0))
         assert sorted(took_s)[15] < 0.2, took_s
 
