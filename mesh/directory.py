@@ -363,7 +363,8 @@ class Directory:
             pause_s = max(pause_s, _SWEEP_SHARE * self._config.record_ttl_s)
         self._sweep_now.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._sweep_now.wait(), pause_s * self._rng.uniform(0.75, 1.0))
+            async with asyncio.timeout(pause_s * self._rng.uniform(0.75, 1.0)):
+                await self._sweep_now.wait()
         return 0.0
 
     def _note_read(self, sweep: _Sweep, reads: list[_Read]) -> None:

@@ -149,8 +149,7 @@ async def _supervise(main: Main, config: NodeConfig) -> int:
     finally:
         for task in (stopping, *aside, work):
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await asyncio.wait_for(work, CLOSING_S)
+        await asyncio.wait((work,), timeout=CLOSING_S)
 
 
 async def _trim() -> None:

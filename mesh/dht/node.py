@@ -185,7 +185,8 @@ class DhtNode:
 
     async def joined(self, timeout_s: float) -> bool:
         try:
-            await asyncio.wait_for(self._joined.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._joined.wait()
         except TimeoutError:
             return False
         return True
@@ -342,6 +343,8 @@ class DhtNode:
         self._news = self._news or contact.id not in self._remembered
         self._remembered.pop(contact.id, None)
         self._remembered[contact.id] = contact
+        if self.memory.failing(contact.id):
+            self.protocol.probe(contact)  # it speaks again: once it answers too, look-ups ask it and we tell others of it
         lost_at = self._lost.pop(contact.id, None)
         if lost_at is not None and self.clock.monotonic() - lost_at > _LONG_LOST_S:
             self._reunite()
@@ -446,7 +449,8 @@ class DhtNode:
         loop = asyncio.get_running_loop()
         for host, port in self._bootstraps:
             try:
-                found = await asyncio.wait_for(loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM), _RESOLVE_S)
+                async with asyncio.timeout(_RESOLVE_S):
+                    found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
             except (OSError, TimeoutError) as error:
                 log.warning("directory.unresolved", host=host, error=str(error) or "timed out")
                 continue

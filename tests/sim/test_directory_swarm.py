@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from mesh.dht.address import Address
 from mesh.dht.crawl import Outcome
 from mesh.dht.keys import rank, shard_of
-from mesh.dht.routing import distance
+from mesh.dht.routing import Contact, distance
 from mesh.records import State, model_key, role_key
 from mesh.trust import Role
 from tests.support.network import Conditions
-from tests.support.swarm import MODEL, SimNode, Swarm, simulate, with_config
+from tests.support.swarm import MODEL, PORT, SimNode, Swarm, simulate, with_config
 
 
 async def ready_mesh(swarm: Swarm, workers: int, *, proxies: int = 2, bootstraps: int = 2) -> tuple[list[SimNode], list[SimNode]]:
@@ -235,6 +236,24 @@ def test_whoever_went_to_a_sub_key_comes_back_when_there_is_room_though_who_sent
 
 def test_a_partition_heals_into_one_view() -> None:
     simulate(lambda swarm: partition_and_heal(swarm, 40, for_s=90.0), seed=17)
+
+
+def test_who_failed_and_speaks_again_is_asked_again_at_once() -> None:
+    """Else each half of a healed mesh passes over the other half's nodes in look-ups for as long as they had been failing."""
+
+    async def scenario(swarm: Swarm) -> None:
+        fleet, _ = await ready_mesh(swarm, 10)
+        cut_off, other = fleet[:2]
+        memory = other.running.node.memory
+        swarm.network.partition({node.address: int(node is cut_off) for node in swarm.nodes})
+        await asyncio.sleep(40.0)
+        assert memory.failing(cut_off.node_id)
+        swarm.network.heal()
+        cut_off.running.node.protocol.probe(Contact(other.node_id, Address(other.address, PORT)))
+        await asyncio.sleep(0.4)
+        assert not memory.failing(cut_off.node_id)
+
+    simulate(scenario, seed=22)
 
 
 @pytest.mark.large
@@ -478,3 +497,29 @@ def test_a_worker_whose_true_holders_turn_out_full_goes_down_to_a_sub_key() -> N
         assert late.node_id in {record.node_id for record in below}
 
     simulate(scenario, seed=63, config=with_config(shard_size=8))
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_node_stopped_in_the_moment_its_bootstrap_is_resolved_ends(turns: int) -> None:
+    """`asyncio.wait_for` of Python 3.11 swallows a cancellation that comes together with its result: the task went on, and who waited for
+    it, for ever."""
+
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.bootstrap()
+        resolved, lookup = asyncio.Event(), swarm.loop.getaddrinfo
+
+        async def slow(*args: Any, **how: Any) -> list[Any]:
+            await resolved.wait()
+            return await lookup(*args, **how)
+
+        swarm.loop.getaddrinfo = slow  # type: ignore[method-assign]
+        node = swarm.add(Role.WORKER)
+        await node.boot()
+        await asyncio.sleep(0.1)
+        resolved.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5.0):
+            await node.shut_down()
+
+    simulate(scenario, seed=19)
