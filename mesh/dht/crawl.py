@@ -5,8 +5,8 @@
 * Disjoint: beside the main path, which follows every hint, run a few that share nothing. A node belongs to the path that first
   heard of it, and a path knows only what its own nodes told it: a liar spoils the main path and one other.
 * What a path learns from a peer whose other hints proved worthless goes to the end of the queue.
-* One request for each turn of the event loop, the nearest first: the first answer is read before the last question is sent, and
-  whatever else the process does never waits for a volley.
+* One request for each turn of the event loop, the nearest first, and that one alone where it answers within milliseconds: the first
+  answer is read before the last question is sent, and whatever else the process does never waits for a volley.
 * Done when the nearest `width` nodes not known dead have answered; or at the deadline, with what there is.
 """
 
@@ -33,6 +33,8 @@ from mesh.records import Record
 
 _MAX_CANDIDATES = 256
 _MAX_HOPS_LOGGED = 200
+_SOON_S = 0.005
+"""Where the nearest usually answers within this, nobody else is asked before it has, or this is over: the first answer comes sooner."""
 _FIRST_PARTS = 3
 _CONTACTS, _CONTACTS_AGAIN = 8, 3
 """Asked of each node; fewer in a large mesh where the key was read a moment ago, and only those who came since can be news."""
@@ -173,19 +175,20 @@ class Crawl:
         """Look up, for at most ``timeout_s``, beginning at ``seeds``, nearest first. The ``first`` of them is asked before anything else
         is done; if there is none, nobody is."""
         self._first, self._seeds = first, seeds
-        deadline = asyncio.get_running_loop().call_later(timeout_s, self._finish, False)
+        loop = asyncio.get_running_loop()
+        timers = [loop.call_later(timeout_s, self._finish, False)]
         if first:
             self._ask(first[0], self._main)
-            self._wait_a_turn(two=True)
+            answers_soon = 0.0 < self._memory.rtt_s(first[0].id) < _SOON_S
+            timers.append(loop.call_later(_SOON_S if answers_soon else 0.0, self._wait_a_turn))
         else:
             self._finish(True)
         try:
             complete = await self._done
         finally:
-            deadline.cancel()
             if self._turn is not None:
                 self._turn.cancel()
-            for timer in self._timers.values():
+            for timer in (*timers, *self._timers.values()):
                 timer.cancel()
             self._finish(False)
             if self._collector is not None:
@@ -249,18 +252,14 @@ class Crawl:
         if not waiting and not busy and not self._wants_latecomers():
             self._finish(True)
 
-    def _wait_a_turn(self, *, two: bool = False) -> None:
-        """Pump with the next turn of the loop. After the first request with the one after it: a holder on this machine has answered then,
-        before anybody else is asked."""
+    def _wait_a_turn(self) -> None:
+        """Pump with the next turn of the loop."""
         if self._turn is None and not self._done.done():
-            self._turn = asyncio.get_running_loop().call_soon(self._next_turn, two)
+            self._turn = asyncio.get_running_loop().call_soon(self._next_turn)
 
-    def _next_turn(self, again: bool) -> None:
+    def _next_turn(self) -> None:
         self._turn = None
-        if again:
-            self._wait_a_turn()
-        else:
-            self._pump()
+        self._pump()
 
     def _wants_latecomers(self) -> bool:
         """With too few answers even a late node is worth its whole deadline."""

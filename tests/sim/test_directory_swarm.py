@@ -523,3 +523,61 @@ def test_a_node_stopped_in_the_moment_its_bootstrap_is_resolved_ends(turns: int)
             await node.shut_down()
 
     simulate(scenario, seed=19)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_where_answers_come_within_milliseconds_the_nearest_is_asked_alone_but_not_waited_for_long(dead: bool) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, front = await ready_mesh(swarm, 30)
+        await asyncio.sleep(30.0)
+        key, node = model_key(MODEL), front[0].running.node
+        nearest = next(each for each in fleet if each.node_id == node.seeds(key, 1)[0].id)
+        nearest.host.up = not dead
+        hops = (await node.crawl(key, accept=None, timeout_s=1.0)).hops
+        assert hops[0].contact.id == nearest.node_id
+        assert hops[1].asked_s == pytest.approx(0.005 if dead else hops[0].took_s, abs=1e-6)
+        assert hops[6].asked_s < hops[1].asked_s + 0.005, "the others at once"
+
+    simulate(scenario, seed=23, conditions=Conditions(rtt_s=0.001))
+
+
+def test_however_many_stand_in_no_table_one_silent_contact_is_pinged_in_two_probe_intervals() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        fleet, _ = await ready_mesh(swarm, 60)
+        node, contact = fleet[0].running.node, Contact(fleet[0].node_id, Address(fleet[0].address, PORT))
+        strangers = [other.running.node for other in fleet if node.table.get(other.node_id) is None and other is not fleet[0]]
+        assert len(strangers) > 10
+        pinged: list[bytes] = []
+        node.protocol.probe = lambda silent: pinged.append(silent.id)  # type: ignore[method-assign]
+
+        async def all_write() -> int:
+            for known in node.table:
+                known.seen = float("-inf")
+            pinged.clear()
+            for stranger in strangers:
+                stranger.protocol.probe(contact)
+            await asyncio.sleep(0.5)
+            return len(pinged)
+
+        assert [await all_write(), await all_write()] == [1, 0]
+        await asyncio.sleep(2 * swarm.config.probe_interval_s)
+        assert await all_write() == 1
+
+    simulate(scenario, seed=24, config=with_config(k=2))
+
+
+def test_in_a_large_mesh_a_view_in_hand_is_read_again_from_as_many_nodes_as_hold_it() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        _, front = await ready_mesh(swarm, 60)
+        await asyncio.sleep(20.0)
+        node = front[0].running.node
+        records = front[0].running.known(Role.WORKER)
+        assert len(records) == 60
+        fresh, again = [
+            await node.crawl(role_key(Role.WORKER), accept=lambda *_: None, timeout_s=1.0, known=known) for known in ([], records)
+        ]
+        assert len(fresh.nearest) > swarm.config.read_width
+        assert swarm.config.holders <= len(again.nearest) < swarm.config.read_width
+        assert [one.id for one in again.nearest[: swarm.config.holders]] == [one.id for one in fresh.nearest[: swarm.config.holders]]
+
+    simulate(scenario, seed=25, config=with_config(large_mesh=20))
