@@ -6,7 +6,6 @@ Needs `eval "$(scripts/real-vllm --export)"`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -17,17 +16,20 @@ import pytest
 
 from tests.support.local_up import LocalUp
 from tests.support.processes import descendants
-from tests.support.vllm import MARKS, NAME, vllm_mesh
+from tests.support.vllm import MARKS, NAME, moved, vllm_mesh
 
 TOKENS = 48
 
 pytestmark = MARKS
 ASKED: tuple[dict[str, Any], ...] = (
+    {"text": "Say hi.", "max_tokens": 256, "extra_body": {"ignore_eos": True}, "begun_after": 60},
     {"text": "Tell me a story about a lighthouse.", "max_tokens": 256, "extra_body": {"ignore_eos": True}},
     {"text": "Say something nice in emojis, many of them."},
     {"text": "Write a haiku, and then one in Japanese."},
     {"text": "Count from one to a hundred.", "stop": ["twelve", "thirteen fourteen"]},
     {"text": "List the planets.", "max_tokens": 12},
+    {"text": "Say hello.", "max_tokens": 160, "stop": "never to be said", "extra_body": {"ignore_eos": True}},
+    {"text": "Count from one to a hundred.", "stop": "twelve, thirteen", "extra_body": {"include_stop_str_in_output": True}},
     {"text": "What is the capital of France? One word."},
     {"text": "Once upon a time", "completion": True},
     {"text": "def fibonacci(n):", "completion": True, "stop": "\n\n"},
@@ -61,7 +63,7 @@ class Client:
 
     def _run(self) -> None:
         asked = {"temperature": 0, "max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True}, **self._asked}
-        text, client = asked.pop("text"), self._up.client()
+        text, begun_after, client = asked.pop("text"), asked.pop("begun_after", 3), self._up.client()
         try:
             if asked.pop("completion", False):
                 stream = client.completions.create(model=NAME, prompt=text, **asked)
@@ -75,7 +77,7 @@ class Client:
                     self.finish = choice.finish_reason or self.finish
                 if piece.usage is not None:
                     self.usage = piece.usage.prompt_tokens, piece.usage.completion_tokens
-                if number > 3:
+                if number > begun_after:
                     self.begun.set()
         except Exception as error:
             self.error = repr(error)
@@ -94,12 +96,8 @@ def answers(clients: list[Client]) -> list[tuple[str, str, tuple[int, int], str]
     return [client.answer for client in clients]
 
 
-def moved(up: LocalUp) -> dict[str, int]:
-    return dict(json.loads(up.mesh("status", "--json").stdout)["proxy"]["streams"])
-
-
 def test_death_of_a_worker_changes_no_token(up: LocalUp) -> None:
-    """It leaves the mesh with one worker: not the one with the longest answer, which has hardly begun when the others have."""
+    """It leaves the mesh with one worker: not the one whose answer has come to its end and goes on after it, which is asked to."""
     undisturbed = answers(ask_all(up))
     assert [error for *_, error in undisturbed] == [""] * len(ASKED)
     pids = {node["id"]: node["pid"] for node in up.about["nodes"] if node["role"] == "worker"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -40,3 +41,8 @@ def vllm_mesh(home: Path, *, dtype: str) -> Iterator[LocalUp]:
     arguments = ["--workers", "2", "--engine", "vllm", "--vllm-command", vllm_command(), "--model", MODEL, "--served-name", NAME]
     with mesh_up(home, *arguments, "--", *vllm_arguments(dtype), timeout_s=550, **ENVIRON) as up:
         yield up
+
+
+def moved(up: LocalUp) -> dict[str, int]:
+    """Counts of streams that lost their worker."""
+    return dict(json.loads(up.mesh("status", "--json").stdout)["proxy"]["streams"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ BEGIN = Begin(id="chatcmpl-1", model="theirs", created=7, prompt_tokens=len(PROM
 
 @dataclass
 class Engine:
-    """Implements `worker.moving.resume.Ask`: the stand-in engine's tokenizer, without its server."""
+    """Implements `worker.moving.spoken.Ask`: the stand-in engine's tokenizer, without its server. It shows special tokens as servers do."""
 
     split: bool = False
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -41,8 +42,21 @@ class Engine:
                 return {"tokens": fake_engine.encode(text)}
             case "/apply-template":
                 return {"prompt": fake_engine.render(fields["messages"])}
-        text = fake_engine.speak(fields["tokens"], split=self.split)
+        text = spoken(fields["tokens"], split=self.split)
         return {"prompt": text, "content": text}
+
+
+SPECIAL = (
+    {13: "<|end|>", 14: "<|user|>", 15: "<|is_a_third_one|>"} | {token: f"<|{'x' * token}|>" for token in range(100, 140)} | {140: "<6>"}
+)
+
+
+def spoken(ids: list[int], *, split: bool = False, special: bool = True) -> str:
+    runs = groupby(ids, key=lambda token: token in SPECIAL)
+    texts = (
+        "".join(SPECIAL[token] for token in run) * special if hidden else fake_engine.speak(list(run), split=split) for hidden, run in runs
+    )
+    return "".join(texts)
 
 
 def model(way: TokenIds | None = TokenIds.VLLM, context_tokens: int | None = 4096) -> ModelSpec:
@@ -116,6 +130,43 @@ async def test_text_held_back_for_a_stop_string_is_known_from_the_ids() -> None:
     assert (half.ids, half.held) == ([5, 6], "5 t6")
 
 
+@pytest.mark.parametrize(
+    "events",
+    [
+        [[5], [13], [6], [14], [15], [7]],
+        [[13], [5], [13], [6], [13], [7]],
+        [[5, 13, 6], [7, 14, 14, 8], [9, 13, 13, 15, 10]],
+        [[5], [910], [13], [6]],
+        [[5, 910], [960, 13, 6, 14], [7]],
+        [[5], [6, 13], [910]],
+        *[
+            [[token] for pair in zip(range(1, 41), range(100, 100 + hidden), strict=False) for token in pair] + [[41]]
+            for hidden in (1, 2, 8)
+        ],
+    ],
+)
+@pytest.mark.parametrize("stop", [None, ["never"], ["a stop"]])
+async def test_special_tokens_are_known_by_what_the_text_is_longer_by_than_what_clients_got(events: list[list[int]], stop: Any) -> None:
+    """Whether the engine tells them one by one, or several tokens at a time."""
+    shown, text, so_far, records = 0, "", list[int](), b""
+    for ids in events:
+        for token in ids:
+            so_far.append(token)
+            whole = spoken(so_far, split=True, special=False)
+            text = text if whole.endswith("\ufffd") else whole
+        now = max(shown, len(text) - (len(stop[0]) - 1 if stop else 0))
+        records += trails.encode_event(now - shown, ids)
+        shown = now
+    given = trailed(records, stop=stop)
+    going_on = await go_on(given, Engine(split=True))
+    got = spoken(going_on.ids, split=True, special=False)
+    assert text.startswith(got)
+    assert going_on.held == got[shown:], "nothing is said that an undisturbed answer had not shown"
+    if not stop:
+        assert going_on.ids == so_far[: len(going_on.ids)]
+        assert len(got) == shown
+
+
 async def test_llamacpp_renders_the_template_and_tokenizes_its_text() -> None:
     engine = Engine()
     begin = Begin(id="i", model="m", created=1, prompt_tokens=len(PROMPT))
@@ -123,6 +174,21 @@ async def test_llamacpp_renders_the_template_and_tokenizes_its_text() -> None:
     assert going_on.prompt_ids == PROMPT
     assert [path for path, _ in engine.asked[:2]] == ["/apply-template", "/tokenize"]
     assert engine.asked[1][1]["add_special"] is True
+
+
+async def test_of_several_tokens_that_might_be_the_hidden_one_any_will_do_where_all_text_is_out() -> None:
+    going_on = await go_on(trailed(trails.encode_event(12, [5, 140, 6, 7, 8])))
+    assert (going_on.ids, going_on.held) == ([5, 140, 6, 7, 8], "")
+
+
+async def test_text_from_the_beginning_of_a_stop_string_on_is_held_as_llamacpp_holds_it() -> None:
+    going_on = await go_on(trailed(said(5, 6, held=2), stop=["t6 and more", "t"]))
+    assert (going_on.ids, going_on.held) == ([5, 6], "t6")
+
+
+async def test_before_a_client_has_got_anything_all_is_made_again() -> None:
+    going_on = await go_on(trailed(said(5, 13, 6, held=99), stop="x" * 100))
+    assert (going_on.ids, going_on.held, going_on.left) == ([], "", 10)
 
 
 async def test_gap_is_filled_by_its_text() -> None:
@@ -154,6 +220,12 @@ async def test_prompt_of_a_completion(prompt: Any) -> None:
         (trailed(said(5) + trails.encode_event(1, [6])), Engine(), model()),
         (trailed(said(5) + trails.encode_event(100, [6])), Engine(), model()),
         (trailed(trails.encode_event(4, [])), Engine(), model()),
+        (trailed(said(5, 6, 7, held=6), stop=" t6 t"), Engine(), model()),
+        (trailed(said(5, 6, 7, held=2), stop=" t6 t"), Engine(), model()),
+        (trailed(trails.encode_event(4, [5, 13, 14])), Engine(), model()),
+        (trailed(trails.encode_event(9 * 3 + 3 * 4, [*range(1, 10), 13, *range(20, 23)])), Engine(), model()),
+        (trailed(trails.encode_event(8, [5, 140, 6, 7, 8]), stop="never"), Engine(), model()),
+        (trailed(b"".join(trails.encode_event(3, [token % 5, token]) for token in range(100, 133))), Engine(), model()),
         (trailed(said(5) + trails.encode_gap(6, 3, 7, " t6 t7")), Engine(), model()),
         (trailed(said(5) + trails.encode_gap(6, 2, 8, " t6 t7")), Engine(), model()),
         (trailed(said(5) + trails.encode_fixed("reasoning")), Engine(), model()),
@@ -256,20 +328,20 @@ async def test_nothing_left_to_compute_needs_no_engine() -> None:
 
 @pytest.mark.parametrize("shown", [False, True])
 async def test_stop_string_across_the_cut_ends_the_answer(shown: bool) -> None:
-    body = {"stop": [" t6 t7"], "include_stop_str_in_output": shown, "max_tokens": 9, "stream_options": {"include_usage": True}}
-    told, _, events = await resumed(trailed(said(5, 6, held=5), **body), sse(completion(" t7", [7]), completion(" t8", [8])))
+    held = 0 if shown else 5
+    body: dict[str, Any] = {
+        "stop": [" t6 t7"],
+        "include_stop_str_in_output": shown,
+        "max_tokens": 9,
+        "stream_options": {"include_usage": True},
+    }
+    told, _, events = await resumed(trailed(said(5, 6, held=held), **body), sse(completion(" t7", [7]), completion(" t8", [8])))
     text = "".join(event["choices"][0]["delta"].get("content", "") for event in told[:-2])
-    sent = len(" t5 t6") - 5
+    sent = len(" t5 t6") - held
     assert (" t5 t6"[:sent] + text) == (" t5 t6 t7" if shown else " t5")
     assert told[-3]["choices"][0]["finish_reason"] == "stop"
     assert told[-2]["usage"]["completion_tokens"] == 3
     assert events.over, "the engine is not listened to any longer"
-
-
-async def test_stop_string_that_was_held_whole_ends_it_at_once() -> None:
-    told, _, events = await resumed(trailed(said(5, 6, 7, held=6), stop=" t6 t"))
-    assert events.over
-    assert told[-2]["choices"][0]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(

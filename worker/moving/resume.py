@@ -2,13 +2,12 @@
 
 The engine here tokenizes the original request by itself, is given the prompt's ids and those of the answer so far as a completion's
 prompt, and what it says is put into the shape that the client is reading. What cannot be exact is refused: the prompt must come out as it
-was there, and the text of the ids so far must be as long as what the client has got, or longer only by what was held back for a stop
-string.
+was there, and the text of the ids so far as the client has got it (`worker.moving.spoken`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,20 +18,11 @@ from mesh.link.frames import MAX_TRAIL_PIECE_BYTES
 from worker.engine.base import ModelSpec, Task, TokenIds
 from worker.moving import trail as trails
 from worker.moving.ids import WISHES, read_event
-from worker.moving.movable import CARRIED, Asked, read_asked
+from worker.moving.movable import CARRIED, MAX_STOP_CHARS, Asked, read_asked
+from worker.moving.spoken import Ask, Tokenizer, so_far
 from worker.moving.tracked import Piece, join_pieces
-from worker.moving.trail import MAX_GAP_BYTES, MAX_TOKEN_ID, Trail, hash_prompt
+from worker.moving.trail import MAX_GAP_BYTES, Trail, hash_prompt
 from worker.usage import EventStream, Usage, read_answer
-
-CONTEXT_TOKENS = 8
-"""So many tokens of the prompt stand before the answer's when their text is asked for: some tokenizers write the first of a text
-differently. vLLM's own detokenizer takes 6."""
-INCOMPLETE_TOKENS = 4
-"""At most so many tokens at the end of an answer hold no complete character."""
-_REPLACEMENT = "\ufffd"
-
-Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
-"""POST to a route of the engine; the answer's JSON. Raises `NotResumed` if the engine refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +35,8 @@ class Trailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """What is still to be said. ``ids`` are the answer's so far, ``held`` the end of their text that the client lacks; ``left`` is how many
-    tokens the answer may still get, None as many as the context holds."""
+    """What is still to be said. ``ids`` are the answer's so far, ``text`` what a client is shown of them, with the end that this one
+    lacks; ``left`` is how many tokens the answer may still get, None as many as the context holds."""
 
     task: Task
     way: TokenIds
@@ -55,8 +45,13 @@ class Continuation:
     asked: Asked
     prompt_ids: list[int]
     ids: list[int]
-    held: str
+    text: str
     left: int | None
+
+    @property
+    def held(self) -> str:
+        """The end of the text that the client has not got."""
+        return self.text[self.trailed.trail.chars :]
 
     def request(self) -> bytes:
         """What the engine is asked: a completion of the ids so far."""
@@ -69,52 +64,6 @@ class Continuation:
         return msgspec.json.encode({**fields, "stream_options": {"include_usage": True}})
 
 
-class Tokenizer:
-    """An engine's own, over its HTTP routes."""
-
-    def __init__(self, way: TokenIds, ask: Ask, *, model: str) -> None:
-        self._way = way
-        self._ask = ask
-        self._model = model
-
-    async def prompt(self, body: bytes | bytearray, task: Task) -> list[int]:
-        """The ids of a request's prompt, as the engine would compute it."""
-        fields: dict[str, Any] = msgspec.json.decode(body)
-        prompt = fields.get("prompt")
-        if task is Task.COMPLETIONS and isinstance(prompt, list):
-            return _ids(prompt)
-        if self._way is TokenIds.VLLM:
-            return _ids((await self._ask("/tokenize", {**fields, "model": self._model})).get("tokens"))
-        if task is Task.CHAT:
-            prompt = (await self._ask("/apply-template", fields)).get("prompt")
-        return await self._of_text(prompt, add_special=True)
-
-    async def pieces(self, text: str) -> list[int]:
-        """The ids of a piece out of the middle of a text."""
-        if self._way is TokenIds.VLLM:
-            fields = {"model": self._model, "prompt": text, "add_special_tokens": False}
-            return _ids((await self._ask("/tokenize", fields)).get("tokens"))
-        return await self._of_text(text, add_special=False)
-
-    async def text(self, ids: list[int]) -> str:
-        """The text of ids; special tokens are text, too."""
-        fields = {"tokens": ids} | ({"model": self._model} if self._way is TokenIds.VLLM else {})
-        answer = await self._ask("/detokenize", fields)
-        text = answer.get("prompt" if self._way is TokenIds.VLLM else "content")
-        if not isinstance(text, str):
-            raise NotResumed("This worker's engine does not tell the text of tokens")
-        return text
-
-    async def _of_text(self, text: Any, *, add_special: bool) -> list[int]:
-        return _ids((await self._ask("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})).get("tokens"))
-
-
-def _ids(found: Any) -> list[int]:
-    if not isinstance(found, list) or not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in found):
-        raise NotResumed("This worker's engine does not tell the tokens of a text")
-    return found
-
-
 async def continuation(trailed: Trailed, task: Task, model: ModelSpec, engine_model: str, ask: Ask) -> Continuation:
     """What is still to be said after a trail. Raises `NotResumed` if it cannot be said exactly."""
     way, trail, body = model.token_ids, trailed.trail, trailed.body
@@ -123,7 +72,7 @@ async def continuation(trailed: Trailed, task: Task, model: ModelSpec, engine_mo
     if reason or isinstance(asked, str) or way is None:
         raise NotResumed(f"The stream cannot go on at another worker ({reason})")
     going_on = Continuation(
-        task=task, way=way, engine_model=engine_model, trailed=trailed, asked=asked, prompt_ids=[], ids=trail.ids, held="", left=0
+        task=task, way=way, engine_model=engine_model, trailed=trailed, asked=asked, prompt_ids=[], ids=trail.ids, text="", left=0
     )
     if trail.finished:
         return going_on
@@ -132,13 +81,13 @@ async def continuation(trailed: Trailed, task: Task, model: ModelSpec, engine_mo
     begin = trail.begin
     if len(prompt_ids) != begin.prompt_tokens or (begin.prompt_hash and hash_prompt(prompt_ids) != begin.prompt_hash):
         raise NotResumed("The prompt has other tokens at this worker than at the one that was lost")
-    ids, held = await _so_far(trail, prompt_ids, tokenizer, holds_back=bool(asked.stops))
+    ids, text = await so_far(trail, prompt_ids, tokenizer, asked)
     used = len(ids)
     bounds = (asked.limit(way), used), (model.context_tokens, len(prompt_ids) + used)
     limits = [most - so_far for most, so_far in bounds if most]
     if not limits and way is TokenIds.VLLM:
         raise NotResumed("This worker does not know how long its context is")
-    return replace(going_on, prompt_ids=prompt_ids, ids=ids, held=held, left=min(limits, default=None))
+    return replace(going_on, prompt_ids=prompt_ids, ids=ids, text=text, left=min(limits, default=None))
 
 
 def not_resumed(error: MeshError) -> MeshError:
@@ -146,39 +95,18 @@ def not_resumed(error: MeshError) -> MeshError:
     return NotResumed(f"This worker's engine refused to go on: {error.message}") if isinstance(error, RequestError) else error
 
 
-async def _so_far(trail: Trail, prompt_ids: list[int], tokenizer: Tokenizer, *, holds_back: bool) -> tuple[list[int], str]:
-    """The ids to go on from, and what of their text the client lacks.
-
-    Tokens that no text came of are left out: the client has seen nothing of them, and they are made again. Only where the engine may have
-    held text back for a stop string do they count, since the client may have seen a part of one.
-    """
-    ids = list(trail.ids if holds_back else trail.ids[: trail.settled])
-    for gap in trail.gaps:
-        found = await tokenizer.pieces(gap.text)
-        if len(found) != gap.count or found[-1] != trail.ids[gap.at + gap.count - 1]:
-            raise NotResumed("The tokens of a piece of the answer cannot be told from its text")
-        ids[gap.at : gap.at + gap.count] = found
-    context = prompt_ids[-CONTEXT_TOKENS:]
-    before = await tokenizer.text(context) if ids else ""
-    text = before
-    for _ in range(INCOMPLETE_TOKENS):
-        text = await tokenizer.text(context + ids) if ids else before
-        if not (holds_back and ids and text.endswith(_REPLACEMENT) and len(text) - len(before) > trail.chars):
-            break
-        ids.pop()
-    held = len(text) - len(before) - trail.chars
-    if not text.startswith(before) or held < 0 or (held > 0 and not holds_back):
-        raise NotResumed("The text of the answer so far comes out differently at this worker")
-    return ids, text[len(text) - held :]
-
-
 class StopFilter:
-    """Finds stop strings in a text that comes in pieces, and holds back what may be the beginning of one."""
+    """Finds stop strings in a text that comes in pieces, and holds back what may be the beginning of one.
 
-    def __init__(self, stops: tuple[str, ...], *, shown: bool) -> None:
+    ``shown``: clients get the stop string as well. ``before`` is text that they have got already, in which one may have begun.
+    """
+
+    def __init__(self, stops: tuple[str, ...], *, shown: bool, before: str = "") -> None:
         self._stops = stops
         self._shown = shown
-        self._held = ""
+        self._held = before
+        self._sent = len(before)
+        """So many of the first characters held are only there to be compared."""
         self.stopped = False
 
     def feed(self, text: str) -> str:
@@ -190,16 +118,17 @@ class StopFilter:
         if found is not None:
             self.stopped = True
             self._held = ""
-            return text[: found[0] + (found[1] if self._shown else 0)]
+            return text[self._sent : found[0] + (found[1] if self._shown else 0)]
         keep = max(
             (size for stop in self._stops for size in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:size])), default=0
         )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        end, sent = len(text) - keep, self._sent
+        self._held, self._sent = text[end:], max(0, sent - end)
+        return text[sent:end]
 
     def flush(self) -> str:
         """The rest, once it is clear that no stop string will come of it."""
-        rest, self._held = self._held, ""
+        rest, self._held = self._held[self._sent :], ""
         return rest
 
 
@@ -217,7 +146,9 @@ class ResumedEvents:
         self.failure: bytes | None = None
         self._going_on = going_on
         self._cutter = EventStream(show_usage=True)
-        self._filter = StopFilter(asked.stops, shown=bool(asked.include_stop_str_in_output))
+        shown = bool(asked.include_stop_str_in_output)
+        before = going_on.text[: self._trail_before.chars] if shown else ""
+        self._filter = StopFilter(asked.stops, shown=shown, before=before[-MAX_STOP_CHARS:])
         self._seen = 0
         self._cached = 0
         self._finish: str | None = None

@@ -65,18 +65,22 @@ class Trail:
     """What a stream has come to. ``ids`` are the answer's, with zeros in a gap; ``chars`` of text have reached the client.
 
     All of the text of the first ``settled`` ids was out when the last text went out, unless the engine was holding text back for a stop
-    string.
+    string. ``marks`` are the counts of ids and of characters each time that text went out.
     """
 
     begin: Begin
     ids: list[int] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     chars: int = 0
-    settled: int = 0
+    marks: list[tuple[int, int]] = field(default_factory=list)
     finished: bool = False
     usage_sent: bool = False
     done: bool = False
     fixed: str = ""
+
+    @property
+    def settled(self) -> int:
+        return self.marks[-1][0] if self.marks else 0
 
 
 FINISH, USAGE, DONE = bytes([_FINISH]), bytes([_USAGE]), bytes([_DONE])
@@ -195,7 +199,9 @@ def _parse_record(reader: _Reader, trail: Trail) -> None:
         if count > len(trail.ids) or any(gap.at + gap.count > count for gap in trail.gaps):
             raise MalformedEnvelope("a cut that cannot be")
         del trail.ids[count:]
-        trail.settled = min(trail.settled, count)
+        trail.marks = [mark for mark in trail.marks if mark[0] <= count]
+        if trail.chars > (trail.marks[-1][1] if trail.marks else 0):
+            trail.marks.append((count, trail.chars))
     elif kind == _FIXED:
         trail.fixed = reader.take(reader.number(), most=MAX_REASON).decode("ascii")
         if not trail.fixed.isalnum():
@@ -207,7 +213,7 @@ def _parse_record(reader: _Reader, trail: Trail) -> None:
 def _emitted(trail: Trail, chars: int) -> None:
     trail.chars += chars
     if chars:
-        trail.settled = len(trail.ids)
+        trail.marks.append((len(trail.ids), trail.chars))
 
 
 class _Reader:
