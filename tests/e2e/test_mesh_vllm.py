@@ -117,7 +117,7 @@ def test_mistake_that_only_vllm_can_see_is_a_400_with_its_own_words(up: LocalUp)
     assert str(CONTEXT_TOKENS) in caught.value.message
 
 
-def test_kill_of_one_worker_loses_no_stream(up: LocalUp, engines: list[Vllm]) -> None:
+def test_kill_of_one_worker_loses_no_stream(up: LocalUp) -> None:
     """Last in this file: it leaves the mesh with one worker. Stream 0's, which by then has most probably come to its end and gone on."""
     results: list[str] = []
     workers: dict[int, str] = {}

@@ -140,8 +140,8 @@ async def test_text_held_back_for_a_stop_string_is_known_from_the_ids() -> None:
         [[5, 910], [960, 13, 6, 14], [7]],
         [[5], [6, 13], [910]],
         *[
-            [[token] for pair in zip(range(1, 41), range(100, 100 + hidden), strict=False) for token in pair] + [[41]]
-            for hidden in (1, 2, 8)
+            [[token] for pair in zip(range(200, 240), range(100, 100 + hidden), strict=False) for token in pair] + [[240]]
+            for hidden in (1, 2, 32)
         ],
     ],
 )

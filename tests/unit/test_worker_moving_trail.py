@@ -49,6 +49,13 @@ def test_cut_takes_back_tokens_of_which_nothing_was_seen() -> None:
     data = OPENING + trails.encode_event(4, [1, 2]) + trails.encode_event(0, [3, 4]) + trails.encode_cut(2) + trails.encode_event(1, [5])
     trail = parse_trail(data)
     assert (trail.ids, trail.chars, trail.settled) == ([1, 2, 5], 5, 3)
+    assert trail.marks == [(2, 4), (3, 5)]
+
+
+def test_all_text_belongs_to_what_a_cut_has_left() -> None:
+    """An event may bring text and the first half of a character: that half is made again."""
+    trail = parse_trail(OPENING + trails.encode_event(4, [1, 2]) + trails.encode_cut(1))
+    assert (trail.ids, trail.chars, trail.settled, trail.marks) == ([1], 4, 1, [(1, 4)])
 
 
 def test_nothing_after_the_word_that_a_stream_is_fixed_counts() -> None:

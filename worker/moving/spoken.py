@@ -26,6 +26,7 @@ INCOMPLETE_TOKENS = 4
 HIDDEN_TOKENS, EVENT_TOKENS = 32, 12
 """With more different special tokens in an answer a stream is not gone on with, nor with more different tokens in an event that has one."""
 _REPLACEMENT = "\ufffd"
+_DIFFERENT = "The text of the answer so far comes out differently at this worker"
 
 Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 """POST to a route of the engine; the answer's JSON. Raises `NotResumed` if the engine refuses."""
@@ -122,7 +123,7 @@ class _Spoken:
                 incomplete += 1
                 self._ids.pop()
             elif len(self._hidden) >= HIDDEN_TOKENS or not await self._find_hidden():
-                raise NotResumed("The text of the answer so far comes out differently at this worker")
+                raise NotResumed(_DIFFERENT)
 
     def _is_held(self, tail: str, length: int) -> bool:
         """Whether an engine holds back just this: nothing without stop strings; vLLM as many characters as may belong to one, llama.cpp
@@ -140,7 +141,7 @@ class _Spoken:
             self._before = await self._tokenizer.text(self._context)
         text = await self._tokenizer.text(self._context + shown)
         if not text.startswith(self._before):
-            raise NotResumed("The text of the answer so far comes out differently at this worker")
+            raise NotResumed(_DIFFERENT)
         return text[len(self._before) :]
 
     async def _excess(self, mark: int) -> int:
@@ -157,15 +158,17 @@ class _Spoken:
         """Learn of special tokens, which clients are not shown: find where the text becomes too long, and which of the tokens there it is
         too long by. If it may be several, any will do, as all text is out; but not where some of it is still to be told."""
         low, high = self._looked, len(self._marks) - 1
-        if await self._excess(high) <= 0:
+        excess = await self._excess(high)
+        if excess <= 0:
             return False
         while low < high:
             middle = (low + high) // 2
-            if await self._excess(middle) > 0:
-                high = middle
+            found = await self._excess(middle)
+            if found > 0:
+                high, excess = middle, found
             else:
                 low = middle + 1
-        excess, self._looked = await self._excess(low), low
+        self._looked = low
         begin = self._marks[low - 1][0] if low else 0
         counts = Counter(token for token in self._ids[begin : self._marks[low][0]] if token not in self._hidden)
         if len(counts) > EVENT_TOKENS:
