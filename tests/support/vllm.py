@@ -16,7 +16,13 @@ from tests.support.local_up import LocalUp, mesh_up
 PYTHON, MODEL = os.environ.get("INFERMESH_VLLM_PYTHON"), os.environ.get("INFERMESH_VLLM_MODEL")
 NAME = "smollm2"
 CONTEXT_TOKENS = 1024
-ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRON = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    # Left alone, each engine binds a thread to every core, and threads that wait for each other there stand still for seconds.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
 
 MARKS = [
     pytest.mark.real_vllm,
