@@ -33,8 +33,10 @@ from mesh.records import Record
 
 _MAX_CANDIDATES = 256
 _MAX_HOPS_LOGGED = 200
-_SOON_S = 0.005
-"""Where the nearest usually answers within this, nobody else is asked before it has, or this is over: the first answer comes sooner."""
+_SOON_S = 0.02
+"""Where the nearest usually answers within this, nobody else is asked before it has, or this is over: the first answer comes sooner.
+
+Several times what it takes where all are near, so that it holds on a busy machine too: questions sent too soon make it busier."""
 _FIRST_PARTS = 3
 _CONTACTS, _CONTACTS_AGAIN = 8, 3
 """Asked of each node; fewer in a large mesh where the key was read a moment ago, and only those who came since can be news."""
