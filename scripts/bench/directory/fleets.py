@@ -30,7 +30,7 @@ from bench.directory import nodes  # noqa: E402
 from bench.directory.workload import Fleet, Note, Plan, drive, timed  # noqa: E402
 
 JOIN_AT_ONCE = 8
-KINDS = {"infermesh": nodes.ours, "kademlia": nodes.stock}
+KINDS = {"infermesh": nodes.ours, "infermesh-first": nodes.ours_first, "kademlia": nodes.stock}
 
 
 async def join(start: Callable[[int, str], Any], plan: Plan) -> None:

@@ -64,6 +64,7 @@ def _hivemind() -> Launch:
 
 PEERS: dict[str, Callable[[], Launch]] = {
     "infermesh": _python("infermesh"),
+    "infermesh-first": _python("infermesh-first"),
     "kademlia": _python("kademlia"),
     "hyperdht": _hyperdht("newest"),
     "hyperdht-first": _hyperdht("first"),

@@ -7,6 +7,7 @@ import importlib.metadata
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -98,7 +99,7 @@ class Ours:
             self._models.append(f"model-{key}")
             return await self._directory.publish(self._record()) > 0
 
-    async def get(self, key: int, owner: int) -> First:
+    async def get(self, key: int, owner: int) -> bool | First:
         node_id, first = self._identities[owner].node_id, First()
         records = await self._directory.find_model(f"model-{key}", on_record=lambda record: first.hear(record.node_id == node_id))
         first.whole = [record.node_id for record in records] == [node_id]
@@ -109,6 +110,22 @@ class Ours:
             self._refreshing.cancel()
         self._directory.node.protocol.close()
         await self._directory.stop()
+
+
+class OursFirst(Ours):
+    """As `Ours`, but whoever looks up leaves with the first verified record, and nobody is asked any more."""
+
+    async def get(self, key: int, owner: int) -> bool:
+        heard: list[Record] = []
+
+        def leave(record: Record) -> None:
+            heard.append(record)
+            looking.cancel()
+
+        looking = asyncio.create_task(self._directory.find_model(f"model-{key}", on_record=leave))
+        with suppress(asyncio.CancelledError):
+            await looking
+        return bool(heard) and heard[0].node_id == self._identities[owner].node_id
 
 
 class Stock:
@@ -138,12 +155,16 @@ class Stock:
         self._server.stop()
 
 
-def ours(plan: Plan) -> tuple[str, list[Callable[[], Node]]]:
+def ours(plan: Plan, *, kind: type[Ours] = Ours, name: str = "infermesh") -> tuple[str, list[Callable[[], Node]]]:
     """Its name, and how each node is made."""
     mesh, config = make_mesh(now=time.time() - 60), DirectoryConfig.local()
     roles = [Role.BOOTSTRAP] + [Role.WORKER] * (plan.nodes - 1)  # the first is where the others enter, and stores as they do
     identities = [mesh.identity(role, now=time.time()) for role in roles]
-    return "infermesh", [partial(Ours, number, plan, identities=identities, config=config) for number in range(plan.nodes)]
+    return name, [partial(kind, number, plan, identities=identities, config=config) for number in range(plan.nodes)]
+
+
+def ours_first(plan: Plan) -> tuple[str, list[Callable[[], Node]]]:
+    return ours(plan, kind=OursFirst, name="infermesh, first answer only")
 
 
 def stock(plan: Plan) -> tuple[str, list[Callable[[], Node]]]:
