@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
 import pytest
@@ -19,6 +19,7 @@ from tests.support.processes import descendants, listening_ports
 from tests.support.vllm import CONTEXT_TOKENS, MARKS, NAME, moved, vllm_mesh
 
 pytestmark = MARKS
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,8 @@ class Vllm:
 
     def metric(self, name: str) -> float:
         """The sum over its labels; a vLLM that is hard at work may let us wait for it."""
-        found: list[str] = []
-
-        def shown() -> bool:
-            found[:] = re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? ([0-9.e+]+)$", _get(f"{self.url}/metrics"), re.MULTILINE)
-            return bool(found)
-
-        wait_for(shown, f"vLLM to show {name}")
+        line = re.compile(rf"^vllm:{name}(?:{{[^}}]*}})? ([0-9.e+]+)$", re.MULTILINE)
+        found = wait_for(lambda: line.findall(_get(f"{self.url}/metrics")), f"vLLM to show {name}")
         return sum(map(float, found))
 
 
@@ -160,12 +156,13 @@ def test_kill_of_one_worker_loses_no_stream(up: LocalUp) -> None:
     assert moved(up)["moved"] > 0
 
 
-def wait_for(condition: Callable[[], bool], what: str, within_s: float = 60) -> None:
-    """vLLM's metrics lag behind by up to seconds."""
+def wait_for(look: Callable[[], T], what: str, within_s: float = 60) -> T:
+    """What ``look`` returns, once that is true: vLLM's metrics lag behind by up to seconds."""
     end = time.monotonic() + within_s
-    while not condition():
+    while not (seen := look()):
         assert time.monotonic() < end, f"waited {within_s:.0f} s in vain for {what}"
         time.sleep(0.2)
+    return seen
 
 
 def _proxy_tokens(up: LocalUp, kind: str) -> float:

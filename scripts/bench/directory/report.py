@@ -12,10 +12,16 @@ PHASES = (("healthy", "0% dead"), ("dead", "just killed"))
 KINDS = ("store", "get", "whole")
 WORDS = {"store": "store", "get": "get, first answer", "whole": "get, all holders heard", "only": "get, first answer only"}
 FIGURES = ("p50", "p99", "mean", "cpu_p50")
-OURS = ("infermesh", "infermesh-first")
-PAIRS = (("store", "store"), ("get", "get"), ("get", "only"), ("whole", "whole"), ("get", "whole"))
-"""A kind of theirs and the kind of ours it is held against."""
-ALIKE = PAIRS[:4]
+OURS = {
+    "store": ("infermesh", "store"),
+    "get": ("infermesh", "get"),
+    "only": ("infermesh-first", "get"),
+    "whole": ("infermesh", "whole"),
+}
+"""Where each kind of ours is found: the fleet, and its kind there."""
+ALIKE = (("store", "store"), ("get", "get"), ("get", "only"), ("whole", "whole"))
+"""A kind of theirs, and a kind of ours that is like for like."""
+PAIRS = (*ALIKE, ("get", "whole"))
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -78,17 +84,22 @@ def ratios(found: Json, concurrency: int) -> list[Json]:
     Where one ends a look-up with the first answer, that is held against the first answer of ours that goes on, of ours that ends with
     it too, and against our whole look-up, which is not like for like. CPU time until the answer is told where nothing else was going on.
     """
-    everything, only = found.get("infermesh", {}), found.get("infermesh-first", {})
+    ours = {fleet for fleet, _ in OURS.values()}
+
+    def mine(kind: str, phase: str) -> Json | None:
+        fleet, its_kind = OURS[kind]
+        return found[fleet][phase].get(its_kind) if fleet in found else None
+
     return [
         {"peer": fleet["name"], "phase": phase, "kind": kind, "our_kind": own, "figure": which, "ratio": its[f"{which}_ms"] / value}
         for name, fleet in found.items()
-        if name not in OURS
+        if name not in ours
         for phase, _ in PHASES
         for kind, own in PAIRS
         if (its := fleet[phase].get(kind)) is not None
-        if (mine := only.get(phase, {}).get("get") if own == "only" else everything.get(phase, {}).get(own)) is not None
+        if (beside := mine(own, phase)) is not None
         for which in (FIGURES if phase == "healthy" and concurrency == 1 else FIGURES[:3])
-        if its[f"{which}_ms"] is not None and (value := mine[f"{which}_ms"])
+        if its[f"{which}_ms"] is not None and (value := beside[f"{which}_ms"])
     ]
 
 
